@@ -1,0 +1,182 @@
+"""What flows through lit_rlhf: one frozen record a kind, which only ever gains fields.
+
+Legend, used everywhere: ``B`` sequences, ``G`` sequences a group (one prompt), ``P`` prompt length, ``T`` response
+length, ``L`` length of a whole sequence. **mask True = counts.** Everything per token is aligned to the response:
+``logprobs[b, t] = log π(response_ids[b, t] | all that precedes it)`` and ``values[b, t]`` is the value of the state
+*before* that token. The token that ends a response is part of it and counts; what stands after it does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+RecordT = TypeVar("RecordT", bound="Prompts | Examples | Pairs | Rollout")
+
+
+def _to(record: RecordT, device: torch.device | str, non_blocking: bool = False) -> RecordT:
+    """Copy of the record with every tensor on ``device`` (Lightning calls this to move a batch)."""
+    moved = {
+        f.name: value.to(device, non_blocking=non_blocking)
+        for f in dataclasses.fields(record)
+        if isinstance(value := getattr(record, f.name), Tensor)
+    }
+    return dataclasses.replace(record, **moved)
+
+
+def _with(record: RecordT, **gained: Any) -> RecordT:
+    """Copy of the record with the named fields set: records gain fields, nobody mutates them."""
+    return dataclasses.replace(record, **gained)
+
+
+def _select(record: RecordT, rows: Tensor) -> RecordT:
+    """The record of the given rows (``rows`` [N], integer), in that order; scalars stay as they are."""
+    order = rows.tolist()
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows.to(value.device)]
+        if isinstance(value, tuple):
+            return tuple(value[i] for i in order)
+        if isinstance(value, dict):
+            return {key: pick(column) for key, column in value.items()}
+        return value
+
+    return dataclasses.replace(record, **{f.name: pick(getattr(record, f.name)) for f in dataclasses.fields(record)})
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to be continued, padded on the left.
+
+    Worked example (P = 4, pad 0)::
+
+        ids      [[0, 1, 7, 8], [1, 7, 8, 9]]
+        mask     [[F, T, T, T], [T, T, T, T]]
+        prompts  ("a b", "a b c")          columns  {"answer": ("3", "4")}
+    """
+
+    ids: Tensor  # [B, P] long, left-padded
+    mask: Tensor  # [B, P] bool, True = a real token
+    prompts: tuple[Any, ...]  # B prompts as the dataset holds them: text, or a list of messages
+    columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # every other column; reaches the rewards
+
+    to = _to
+    with_ = _with
+    select = _select
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def repeat(self, group_size: int) -> Prompts:
+        """Each prompt ``group_size`` times, the copies of one prompt side by side ([B·G] rows)."""
+        return self.select(torch.arange(len(self)).repeat_interleave(group_size))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token sequences to imitate, padded on the right; only tokens under ``loss_mask`` are learned."""
+
+    ids: Tensor  # [B, L] long
+    mask: Tensor  # [B, L] bool, True = a real token
+    loss_mask: Tensor  # [B, L] bool, True = this token's negative log-likelihood counts
+
+    to = _to
+    with_ = _with
+    select = _select
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Responses and the comparisons between them: each response stands once, however many comparisons name it.
+
+    A batch of plain pairs has ``N = 2·M`` rows. A prompt with K ranked responses gives K rows and C(K, 2) comparisons
+    (less its ties), so every response is read once (Ouyang et al. 2022, §3.5).
+    """
+
+    ids: Tensor  # [N, L] long, prompt + response, right-padded
+    mask: Tensor  # [N, L] bool, True = a real token
+    better: Tensor  # [M] long, row of the preferred response
+    worse: Tensor  # [M] long, row of the other one
+    groups: Tensor  # [M] long, number of the prompt within this batch, 0 … number of prompts - 1
+    margin: Tensor | None = None  # [M] float, by how much the preferred one should lead
+
+    to = _to
+    with_ = _with
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return int(self.groups.max()) + 1 if self.groups.numel() else 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses sampled from a policy, and all that is learned about them on the way to a loss.
+
+    Worked example (P = 2, T = 3, end of text 9; the second response was cut off by the length limit)::
+
+        response_ids  [[5, 9, 0], [5, 6, 7]]
+        mask          [[T, T, F], [T, T, T]]        ended  [T, F]
+    """
+
+    prompt_ids: Tensor  # [B, P] long, left-padded
+    prompt_mask: Tensor  # [B, P] bool
+    response_ids: Tensor  # [B, T] long, right-padded
+    mask: Tensor  # [B, T] bool, True = a token of the response (the ending token included)
+    ended: Tensor  # [B] bool, True = the response ends with a stop token, False = cut off
+    prompts: tuple[Any, ...]  # B prompts as the dataset holds them
+    completions: tuple[str, ...]  # B responses as text, for the rewards and for people; never tokenised again
+    columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    sampler_logprobs: Tensor | None = None  # [B, T] as the sampler reported them
+    old_logprobs: Tensor | None = None  # [B, T] of the policy that is being improved, by the trainer
+    ref_logprobs: Tensor | None = None  # [B, T] of the reference
+    values: Tensor | None = None  # [B, T] of the critic, before any update
+    scores: Tensor | None = None  # [B] from the judges
+    rewards: Tensor | None = None  # [B, T] per token, KL term included
+    advantages: Tensor | None = None  # [B, T]
+    returns: Tensor | None = None  # [B, T]
+    step_tokens: float | None = None  # response tokens of the whole optimizer step, mean over ranks
+    step_rows: float | None = None  # sequences of the whole optimizer step, mean over ranks
+
+    to = _to
+    with_ = _with
+    select = _select
+
+    def __len__(self) -> int:
+        return self.response_ids.shape[0]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Prompt and response joined, [B, P + T]."""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def input_mask(self) -> Tensor:
+        """Real tokens of prompt and response, [B, P + T]."""
+        return torch.cat([self.prompt_mask, self.mask], dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response, [B] long."""
+        return self.mask.sum(dim=1)
+
+    def trim(self) -> Rollout:
+        """Without the columns that no row uses: padding left of every prompt and right of every response."""
+        prompt = int(self.prompt_mask.sum(dim=1).max()) if len(self) else 0
+        response = max(int(self.lengths.max()), 1) if len(self) else 0
+        cut = self.prompt_ids.shape[1] - prompt
+        per_token = {
+            f.name: value[:, :response]
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+            and value.dim() == 2
+            and not f.name.startswith("prompt_")
+        }
+        return self.with_(prompt_ids=self.prompt_ids[:, cut:], prompt_mask=self.prompt_mask[:, cut:], **per_token)

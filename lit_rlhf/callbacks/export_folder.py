@@ -1,0 +1,28 @@
+"""A fit ends with a Hugging Face folder, which the next stage's config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class ExportFolder(Callback):
+    """Export the trained network as a Hugging Face folder when the fit ends.
+
+    Args:
+        folder: where to; ``export`` in the run's own folder if null.
+        merge: merge adapters into the weights; false keeps them as an adapter folder.
+    """
+
+    def __init__(self, folder: str | None = None, merge: bool = True) -> None:
+        self.folder, self.merge = folder, merge
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder."""
+        if trainer.fast_dev_run:
+            return
+        folder = self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "export")
+        pl_module.export(folder, merge=self.merge)
+        rank_zero_info(f"exported: {folder}")

@@ -1,0 +1,146 @@
+"""Parsers that say in a few lines what is wrong with the arguments, and which key may have been meant.
+
+jsonargparse explains a wrong key by the whole tree of types it tried, often fifty lines. The problem stands at the
+leaves of that tree, the place of the problem in the branches above them; only these are shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+from lit_rlhf.commands.configs import config_folder
+
+BRANCH = re.compile(r'Parser key "(?P<key>[^"]+)":')
+CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)'|class_path='(?P<inner>[\w.]+)'")
+NO_OPTION = re.compile(
+    r"(?:Option '|does not accept option '|unrecognized arguments?: (?:--)?|does not accept nested key ')"
+    r"(?P<key>[\w.+-]+?)(?:'|=|\s|$)"
+)
+NOT_SAID = re.compile(
+    r"Does not validate|Subtypes:|Errors:$|Given value type|Given value|Expected a <class 'NoneType'>|Expected a path but"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One leaf of jsonargparse's explanation.
+
+    Args:
+        key: where, in dots.
+        owner: import path of the class whose arguments were being read; empty at the top.
+        text: what is wrong.
+        value: what was given, if the explanation says so.
+    """
+
+    key: str
+    owner: str
+    text: str
+    value: str
+
+
+def problems(message: str) -> list[Problem]:
+    """Find the leaves of jsonargparse's explanation, in order, each with its place."""
+    found: list[Problem] = []
+    branches: list[tuple[int, str, str]] = []  # (indent, key, class)
+    for line in message.splitlines():
+        text = line.strip()
+        bare = text.removeprefix("- ").strip()
+        indent = len(line) - len(line.lstrip())
+        if bare.startswith("Given value:"):
+            given = bare.removeprefix("Given value:").strip()
+            found = [p if p.value else dataclasses.replace(p, value=given) for p in found]
+        branches = [branch for branch in branches if branch[0] < indent]
+        branch, owner = BRANCH.match(bare), CLASS.match(bare)
+        if branch or owner:
+            branches.append((indent, branch["key"] if branch else "", (owner["path"] or "") if owner else ""))
+            bare = bare[branch.end() :].strip() if branch else ""
+        if bare and not NOT_SAID.match(bare):
+            inner = CLASS.search(bare)
+            classes = [name for _, _, name in branches if name] + ([inner["inner"] or ""] if inner else [])
+            text, _, value = bare.partition(" Got value: ")
+            key = ".".join(key for _, key, _ in branches if key)
+            found.append(Problem(key, classes[-1] if classes else "", text, value))
+    return found
+
+
+def options(owner: str, parts: list[str]) -> list[str]:
+    """Names of the arguments of a class, or of a settings group among them.
+
+    Args:
+        owner: import path of the class.
+        parts: names of the arguments that lead to the group.
+    """
+    module, _, name = owner.rpartition(".")
+    kind: typing.Any = getattr(importlib.import_module(module), name)
+    for part in parts:
+        hint = typing.get_type_hints(kind.__init__).get(part)
+        kinds = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
+        if not kinds:
+            return []
+        kind = kinds[0]
+    return [name for name in inspect.signature(kind).parameters if name != "self"]
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """Words that name what may have been meant; empty if nothing is near."""
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.55)
+    return f"  did you mean {' or '.join(close)}?\n" if close else ""
+
+
+class FriendlyParser(ArgumentParser):
+    """jsonargparse's parser with short errors: the key, what is wrong with it, the nearest right one; exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Explain what is wrong, and exit."""
+        if not self.exit_on_error:  # a parser inside another one: only the outermost speaks
+            super().error(message, ex)
+        lines = dict.fromkeys(self._explain(problem) for problem in problems(message))
+        sys.stderr.write("".join(lines) or f"error: {message}\n")
+        self.exit(2)
+
+    def _explain(self, problem: Problem) -> str:
+        wrong = NO_OPTION.search(problem.text)
+        if wrong:
+            return self._unknown(problem, wrong["key"])
+        if missing := re.match(r"the following arguments are required: (.+)", problem.text):
+            keys = [re.sub(r"^\w+\.(?=model$|data$)", "", key.strip()) for key in missing[1].split(",")]
+            return f"error: not given: {', '.join(keys)}\n" + (CONFIG_HINT if {"model", "data"} & {*keys} else "")
+        if problem.key == "config" and "does not exist" in problem.text:
+            name = problem.text.rsplit("/", 1)[-1].rstrip("'")
+            shipped = [path.name for path in config_folder().glob("*.yaml")]
+            return f"error: no config {problem.text.split(': ')[-1]}\n{nearest(name, shipped)}  lit-rlhf configs lists those that come with the package\n"
+        text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", problem.text)
+        value = f", got {problem.value[:100]}" if problem.value else ""
+        return f"error: {problem.key or 'arguments'}: {text.rstrip('.')}{value}\n"
+
+    def _unknown(self, problem: Problem, key: str) -> str:
+        *groups, last = key.split(".")
+        place = f"{problem.key}.{key}" if problem.key else key
+        if problem.owner:
+            known = options(problem.owner, groups)
+            name = ".".join([problem.owner, *groups])
+            return f"error: {place} is no option of {name}\n{nearest(last, known)}  it has: {', '.join(known)}\n"
+        known = [*self._keys()]
+        sections = sorted({one.split(".")[0] for one in known})
+        hint = nearest(key, known) if key.split(".")[0] in sections else nearest(key.split(".")[0], sections)
+        return f"error: {place} is no option of {self.prog.removesuffix(' [options]')}\n{hint}"
+
+    def _keys(self) -> Iterator[str]:
+        """Every key of this parser and its sub-commands."""
+        yield from (action.dest for action in self._actions)
+        commands = getattr(self, "_subcommands_action", None)
+        for parser in set((commands.choices or {}).values()) if commands else ():
+            yield from parser._keys()
+
+
+CONFIG_HINT = "  name a config, for instance --config sft.yaml; lit-rlhf configs lists those that come with the package\n"

@@ -1,0 +1,120 @@
+"""fit, validate, test and predict: LightningCLI with this project's defaults."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+import lit_rlhf.data
+import lit_rlhf.stages  # noqa: F401 - classes that were imported can be named without their module
+from lit_rlhf.callbacks import Checkpoint, ConfigWins, ExportFolder, Progress, SampleTable, SavedConfig
+from lit_rlhf.commands.configs import resolve_configs
+from lit_rlhf.commands.parser import FriendlyParser
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "log_every_n_steps": 1,  # in RL a step is a whole rollout
+    "num_sanity_val_steps": 0,  # validation in RL generates text: minutes before the first step
+    "inference_mode": False,  # its tensors cannot be used in sharded networks
+    "callbacks": [ConfigWins()],
+}
+# Sections of their own: a second YAML's trainer.callbacks replaces the first one's, these stay.
+SECTIONS: dict[str, type[Callback]] = {
+    "checkpoint": Checkpoint,
+    "progress": Progress,
+    "samples": SampleTable,
+    "export": ExportFolder,
+}
+SECTION_DEFAULTS = {
+    "checkpoint.every_n_train_steps": 100,
+    "checkpoint.save_last": "link",
+}
+# What Lightning says of every run of this kind, true or not, and nobody can act on.
+NOISE = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*is not resumable.*",
+    ".*in eval mode at the start of training.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+)
+
+
+class TrainParser(FriendlyParser, LightningArgumentParser):
+    """Lightning's parser with short errors."""
+
+
+class CLI(LightningCLI):
+    """LightningCLI that keeps the user's config on resume and always writes a CSV log."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add a section for each callback that no run should lose."""
+        for name, callback in SECTIONS.items():
+            parser.add_lightning_class_args(callback, name)
+        parser.set_defaults(SECTION_DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; Lightning's own method warns about arguments that are given as a list."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing, so that the user's config wins over a checkpoint's hyperparameters."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer with a CSV log, first among the loggers: its folder is the run's."""
+        settings = self._get(self.config_init, "trainer")
+        return super().instantiate_trainer(logger=loggers(settings.logger, settings.default_root_dir), **kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out the sections that the Trainer's own switches, or the user's callbacks, stand against."""
+        own = config.get("callbacks") or []
+        given = own if isinstance(own, list) else [own]
+        if config.get("enable_checkpointing") is False:
+            callbacks = [one for one in callbacks if not isinstance(one, ModelCheckpoint)]
+        if config.get("enable_progress_bar") is False or any(isinstance(one, ProgressBar) for one in given):
+            callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def loggers(chosen: Logger | list[Logger] | bool | None, folder: str) -> list[Logger] | bool:
+    """The loggers of a run: a CSV log and whatever was asked for; none only where ``false`` was asked for.
+
+    Args:
+        chosen: ``trainer.logger`` as configured.
+        folder: ``trainer.default_root_dir``; each run gets a folder ``version_N`` in it.
+    """
+    if chosen is False:
+        return False
+    others = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, Logger) else []
+    if any(isinstance(logger, CSVLogger) for logger in others):
+        return sorted(others, key=lambda logger: not isinstance(logger, CSVLogger))
+    return [CSVLogger(folder, name="", flush_logs_every_n_steps=10), *others]
+
+
+def train(args: list[str]) -> None:
+    """Run fit, validate, test or predict.
+
+    Args:
+        args: the command and its arguments.
+    """
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    CLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SavedConfig,
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=42,
+        parser_class=TrainParser,
+        auto_configure_optimizers=False,
+        args=resolve_configs(args),
+    )

@@ -1,0 +1,222 @@
+"""Loaders whose place in the data is known: a run that is resumed goes on with the very next row.
+
+The place (epoch, rows read by all processes) belongs to the data module and travels in its ``state_dict``. It is not
+the DataLoader's own state: Lightning forgets that one when something asked for the length of the run before the
+checkpoint was restored (Lightning issue 20550).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lit_rlhf.data.chat import find_tokenizer, padding_id
+from lit_rlhf.data.files import DataError, Rows
+from lit_rlhf.data.sources import load_split
+from lit_rlhf.data.templates import set_template
+
+_COUNTS = ("batch_size", "val_batch_size", "limit", "val_limit", "max_length", "max_prompt_length", "prompt_words")
+
+
+class RankSampler(DistributedSampler[int]):
+    """This process's share of the row numbers; the order is a function of (seed, epoch) and nothing else.
+
+    Row ``i`` of the epoch's order belongs to rank ``i mod world``, so the batches of one step are one block of that
+    order whatever the number of processes. Being a DistributedSampler keeps Lightning from putting its own in place.
+    """
+
+    def __init__(self, rows: int, *, rank: int, world: int, shuffle: bool, seed: int) -> None:
+        """Share out ``rows``: when shuffled the rest is left out, otherwise first rows fill up the last round."""
+        super().__init__(range(rows), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)  # type: ignore[arg-type]
+        self.rows = rows
+        self.start = 0  # rows of this rank to leave out at the next pass
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.rows, generator=generator).tolist()
+        else:
+            order = [i % self.rows for i in range(self.total_size)]
+        start, self.start = self.start, 0
+        return iter(order[self.rank : self.total_size : self.num_replicas][start:])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the loader sets the epoch, as Lightning does so too late for worker processes."""
+
+
+@dataclass
+class Position:
+    """How far the training data has been read."""
+
+    epoch: int = 0
+    rows: int = 0  # rows of this epoch that all processes together have read
+    started: bool = False
+
+    def seek(self, epoch: int, rows: int) -> None:
+        """Go there: the next pass begins at this place."""
+        self.epoch, self.rows, self.started = epoch, rows, False
+
+    def begin(self, usable: int) -> None:
+        """Begin a pass over ``usable`` rows: where it was sought to be, else at the start of the next epoch."""
+        if self.started or self.rows >= usable:
+            self.epoch, self.rows = self.epoch + 1, 0
+        self.started = True
+
+
+class SeekableLoader(DataLoader[Any]):
+    """A DataLoader that reads from ``position`` and moves it on.
+
+    A pass looks at the position only when its first batch is asked for, so a seek counts that comes after the iterator
+    was made (strategies that restore a checkpoint late). Without a position it is a plain DataLoader.
+    """
+
+    position: Position | None = None
+
+    def __iter__(self) -> Any:
+        return super().__iter__() if self.position is None else self._read(self.position)
+
+    def _read(self, position: Position) -> Iterator[Any]:
+        sampler = self.sampler
+        assert isinstance(sampler, RankSampler)
+        step = (self.batch_size or 1) * sampler.num_replicas
+        position.begin(usable=len(self) * step)
+        sampler.epoch, sampler.start = position.epoch, position.rows // sampler.num_replicas
+        for batch in super().__iter__():
+            position.rows += step
+            yield batch
+
+
+class SeekableData(L.LightningDataModule):
+    """What the three data modules share: rows are read and encoded once, served, and their place is kept.
+
+    A subclass says how rows are encoded and how some of them make a batch.
+    """
+
+    def __init__(self, *, batch_size: int, val_batch_size: int | None, seed: int, num_workers: int) -> None:
+        """Take the knobs of the same names."""
+        super().__init__()
+        self.tokenizer: Any = None
+        self.dropped: Counter[str] = Counter()  # rows left out, by reason
+        self.truncated = 0  # sequences that were cut to the length limit
+        self.position = Position()
+        self._batch_size, self._val_batch_size = batch_size, val_batch_size or batch_size
+        self._seed, self._num_workers = seed, num_workers
+        self._train: Sequence[Any] | None = None
+        self._val: Sequence[Any] = ()
+        self._owner: weakref.ref[Any] | None = None  # the Trainer that the position belongs to
+        self._kept = False  # the position was restored before there was a Trainer
+
+    @property
+    def knobs(self) -> Any:
+        """The constructor's arguments."""
+        return self.hparams
+
+    def encode(self, rows: Rows) -> Sequence[Any]:
+        """Encode all rows; whatever is left out is counted in ``dropped``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def collate(rows: list[Any], *, pad: int) -> Any:
+        """Make a batch of encoded rows, padded with ``pad``."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and encode all rows, the first time it is called."""
+        if self._train is not None:
+            return
+        self._check_knobs()
+        self.tokenizer = find_tokenizer(self.knobs.tokenizer, self.trainer)
+        set_template(self.tokenizer, self.knobs.chat_template)
+        train, val = load_split(**{name: self.knobs[name] for name in inspect.signature(load_split).parameters})
+        self._train = self.encode(train)
+        self._val = () if val is None else self.encode(val)
+        lost = "".join(f"; dropped {count} {reason}" for reason, count in self.dropped.items())
+        cut = f"; cut {self.truncated} that were too long" if self.truncated else ""
+        name, rows = type(self).__name__, f"{len(self._train)} training and {len(self._val)} validation rows"
+        rank_zero_info(f"{name}: {rows}{lost}{cut}")
+
+    def train_dataloader(self) -> SeekableLoader:
+        """Shuffled batches, always full; a new Trainer starts with the first epoch unless it restored a place."""
+        rows, trainer = self._train or (), self.trainer
+        rank, world = _rank(trainer)
+        if len(rows) < self._batch_size * world:
+            raise DataError(
+                f"{len(rows)} training rows do not fill one batch: batch_size={self._batch_size} on {world} "
+                f"process(es) takes {self._batch_size * world}. Lower batch_size, or give more rows."
+            )
+        if trainer is not None:
+            if not self._kept and (self._owner is None or self._owner() is not trainer):
+                self.position.seek(0, 0)
+            self._kept, self._owner = False, weakref.ref(trainer)
+        sampler = RankSampler(len(rows), rank=rank, world=world, shuffle=True, seed=self._seed)
+        loader: SeekableLoader = self._loader(SeekableLoader, rows, sampler, self._batch_size)
+        loader.position = self.position
+        return loader
+
+    def val_dataloader(self) -> Any:
+        """Every row once, in order (on several processes the first rows may come twice, so that all get as many)."""
+        if not self._val:
+            return []
+        rank, world = _rank(self.trainer)
+        sampler = RankSampler(len(self._val), rank=rank, world=world, shuffle=False, seed=self._seed)
+        return self._loader(DataLoader, self._val, sampler, self._val_batch_size)
+
+    def test_dataloader(self) -> Any:
+        """The validation rows."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Any:
+        """The validation rows."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place to store; a finished epoch is the start of the next, also when the Trainer cut it short."""
+        place, loop = self.position, getattr(self.trainer, "fit_loop", None)
+        if place.started and loop is not None and loop.epoch_loop.batch_progress.is_last_batch:
+            return {"epoch": place.epoch + 1, "rows": 0}
+        return {"epoch": place.epoch, "rows": place.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to a stored place, before or after the loader was made."""
+        # Lightning tells a resumable loader by a method of the DataLoader; here the data module resumes.
+        warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
+        self.position.seek(int(state_dict["epoch"]), int(state_dict["rows"]))
+        self._kept, self._owner = self.trainer is None, None if self.trainer is None else weakref.ref(self.trainer)
+
+    def _check_knobs(self) -> None:
+        """Refuse values that the constructor's signature does not allow."""
+        for name, hint in get_type_hints(type(self).__init__).items():
+            value = self.knobs.get(name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise DataError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        for name in _COUNTS:
+            if (value := self.knobs.get(name)) is not None and value < 1:
+                raise DataError(f"{name} must be at least 1, got {value}")
+
+    def _loader(self, kind: Any, rows: Sequence[Any], sampler: RankSampler, batch_size: int) -> Any:
+        return kind(
+            rows,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self._num_workers,
+            collate_fn=partial(self.collate, pad=padding_id(self.tokenizer)),
+            drop_last=bool(sampler.shuffle),
+            generator=torch.Generator().manual_seed(self._seed),  # else each pass draws from torch's global stream
+        )
+
+
+def _rank(trainer: Any) -> tuple[int, int]:
+    """(rank, world) among the processes that read different data; one process where there is no Trainer."""
+    place = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None)
+    return (place["rank"], place["num_replicas"]) if place else (0, 1)

@@ -1,0 +1,80 @@
+"""Read a story back: which sentences follow the grammar, agree with each other, and stand where they may."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .grammar import ANIMALS, ENDINGS, FOLLOWS, NAMES, TEMPLATES, THINGS, Cast, Template
+
+_PROMPT = re.compile(
+    rf"Tell a story about (?P<hero>{'|'.join(NAMES)}) the (?P<animal>{'|'.join(ANIMALS)}) "
+    rf"with an? (?P<first>{'|'.join(THINGS)}) and an? (?P<second>{'|'.join(THINGS)})\."
+)
+_ALL = tuple(template for templates in TEMPLATES.values() for template in templates)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader makes of a text, sentence by sentence."""
+
+    sentences: tuple[str, ...]
+    roles: tuple[str | None, ...]  # role of each sentence; None = broken (no template, disagreement, or out of place)
+    rest: str  # words after the last full stop: a sentence that was cut off
+
+    @property
+    def ends(self) -> bool:
+        """Whether the text stops after an ending, and the ending comes only there."""
+        return not self.rest and bool(self.roles) and self.roles[-1] in ENDINGS
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether every sentence is right, nothing is cut off and the story ends with an ending."""
+        return self.ends and None not in self.roles
+
+
+def read_prompt(prompt: str) -> tuple[Cast, tuple[str, str]]:
+    """Take hero, animal and the two words asked for from a prompt of the demo.
+
+    Raises:
+        ValueError: The text is not a prompt of this grammar.
+    """
+    found = _PROMPT.match(prompt.strip())
+    if found is None:
+        raise ValueError(
+            f"not a prompt of the demo: {prompt[:80]!r}; expected "
+            "'Tell a story about Mia the fox with a kite and an egg.' (names, animals and things of its grammar)"
+        )
+    return Cast(found["hero"], found["animal"]), (found["first"], found["second"])
+
+
+def read_story(prompt: str, story: str) -> Reading:
+    """Parse a story told to a prompt.
+
+    A broken sentence is marked and stepped over, so that one slip does not spoil what follows: the order continues
+    from the last sentence that was right.
+    """
+    cast, _ = read_prompt(prompt)
+    sentences = tuple(found.strip() for found in re.findall(r"[^.!?]*[.!?]", story))
+    rest = re.split(r"[.!?]", story)[-1].strip()
+    roles: list[str | None] = []
+    last = "start"
+    for sentence in sentences:
+        match = _match(sentence, cast, last)
+        if match is None:
+            roles.append(None)
+            continue
+        template, slots = match
+        cast, last = cast.after(template, slots), template.role
+        roles.append(template.role)
+    return Reading(sentences, tuple(roles), rest)
+
+
+def _match(sentence: str, cast: Cast, last: str) -> tuple[Template, dict[str, str]] | None:
+    for template in _ALL:
+        if template.role not in FOLLOWS[last]:
+            continue
+        found = template.pattern.fullmatch(sentence)
+        if found is not None and template.fits(found.groupdict(), cast):
+            return template, found.groupdict()
+    return None

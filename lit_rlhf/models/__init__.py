@@ -1,0 +1,43 @@
+"""Networks: loaded, run, saved, given a role."""
+
+from lit_rlhf.models.adapters import adapters_off, has_adapters
+from lit_rlhf.models.causal import (
+    load_causal,
+    load_tokenizer,
+    next_token_logprobs,
+    save_folder,
+    stop_ids,
+    token_logprobs,
+)
+from lit_rlhf.models.heads import load_scalar, response_values, save_scalar, sequence_scores, token_scores
+from lit_rlhf.models.network import Dtype, Lora, Network
+from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
+from lit_rlhf.models.sharding import gathered, reshard, shard, unsharded_trainables
+
+__all__ = [
+    "Dtype",
+    "Lora",
+    "Network",
+    "Reference",
+    "adapters_off",
+    "evaluating",
+    "forget_in_checkpoints",
+    "freeze",
+    "gathered",
+    "has_adapters",
+    "keep_adapters_only",
+    "load_causal",
+    "load_scalar",
+    "load_tokenizer",
+    "next_token_logprobs",
+    "reshard",
+    "response_values",
+    "save_folder",
+    "save_scalar",
+    "sequence_scores",
+    "shard",
+    "stop_ids",
+    "token_logprobs",
+    "token_scores",
+    "unsharded_trainables",
+]

@@ -1,0 +1,137 @@
+"""Low-rank adapters inside a model: put in, switched off for the reference, merged into what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlhf.models.network import Lora
+
+ADAPTER = "default"
+
+
+def inject_adapters(model: Any, lora: Lora, *, task: str, seed: int = 0) -> None:
+    """Put low-rank adapters into a model, in place; from then on only they are trainable.
+
+    The model keeps its class, so generation and sharding see an ordinary transformers model. An adapter starts as 0, so
+    the model's outputs do not change.
+
+    Args:
+        model: a transformers model.
+        lora: rank, scale, targets.
+        task: peft's task type, "CAUSAL_LM" or "SEQ_CLS".
+        seed: for the adapters' random half; equal on every process, which sharding relies on.
+
+    Raises:
+        ValueError: no layer matches ``lora.targets``, or the head is a target though it is tied to the embedding.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    if getattr(model, "all_tied_weights_keys", None) and "lm_head" in (lora.targets or []):
+        raise ValueError("lora.targets names lm_head, which shares its weight with the embedding and cannot be merged")
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if lora.targets is None else list(lora.targets),
+        task_type=task,
+        base_model_name_or_path=model.name_or_path,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    training = model.training
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # peft follows the base; small steps would be lost in half precision
+            parameter.data = parameter.data.float()
+    model.train(training)
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    if not hasattr(model, "peft_config"):  # spares the import of peft where no adapters are
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Say whether a model carries adapters."""
+    return bool(_adapted(model))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run the model as it was before its adapters: inside, its outputs are bitwise the base model's.
+
+    Only a switch in each adapted layer is turned. peft's own ``disable_adapter`` also changes ``requires_grad``, which
+    drops gradients in silence and lets processes drift apart.
+
+    Raises:
+        ValueError: the model has no adapters, so there is no base to go back to.
+    """
+    layers = list(_adapted(model).values())
+    if not layers:
+        raise ValueError("this model has no adapters to switch off; its reference must be a frozen copy")
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded (then every process must call)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """Give the weights of an ordinary model: adapters added to what they adapt, shards put together.
+
+    The model itself is left alone: merging in place and back would change the base weights, and with them the
+    reference, by rounding.
+    """
+    state = {name: _whole(tensor) for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for target in getattr(model, "all_tied_weights_keys", None) or {}:
+        state.pop(target, None)  # tied weights are stored once; a gathered one would not be seen as the same
+    for name, layer in _adapted(model).items():
+        weight = state[f"{name}.base_layer.weight"]
+        delta = _whole(layer.get_delta_weight(ADAPTER))
+        state[f"{name}.base_layer.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def save_adapters(model: Any, folder: str | Path, *, write: bool) -> None:
+    """Write the adapters alone, as a folder that ``peft.PeftModel.from_pretrained`` loads.
+
+    Args:
+        model: a model with adapters.
+        folder: where to; must exist.
+        write: whether this process writes (all must call when the model is sharded).
+    """
+    import copy
+
+    from safetensors.torch import save_file
+
+    state = {
+        "base_model.model." + name.replace(f".{ADAPTER}.", "."): _whole(tensor).cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if ".lora_" in name
+    }
+    if write:
+        save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        settings = copy.deepcopy(model.peft_config[ADAPTER])
+        settings.inference_mode = True
+        settings.save_pretrained(str(folder))

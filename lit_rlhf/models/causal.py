@@ -1,0 +1,226 @@
+"""Causal language models: load, save, and the log-probabilities of what they said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_rlhf.batch import Rollout
+from lit_rlhf.models.adapters import has_adapters, inject_adapters, merged_state, save_adapters
+from lit_rlhf.models.network import (
+    Lora,
+    Network,
+    hub_errors,
+    is_path,
+    load_config,
+    load_weights,
+    quiet,
+    read_inputs,
+)
+from lit_rlhf.objectives.likelihood import entropy_from_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Lora",
+    "Network",
+    "load_causal",
+    "load_tokenizer",
+    "next_token_logprobs",
+    "save_folder",
+    "stop_ids",
+    "token_logprobs",
+    "write_folder",
+]
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad: without a padding token of its own it pads with its end token.
+
+    That does no harm here, since masks come from lengths and never from ids.
+
+    Args:
+        name: folder or hub id.
+        trust_remote_code: run Python code that comes with it.
+
+    Raises:
+        FileNotFoundError: no tokenizer there.
+        ValueError: it has neither a padding nor an end token.
+    """
+    from transformers import AutoTokenizer
+
+    if is_path(name):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no such tokenizer folder: {name}")
+        if not any(folder.glob("token*")):
+            raise FileNotFoundError(f"{name} has no tokenizer.json; name a folder that has one as tokenizer")
+    with hub_errors(name, "tokenizer"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {name} has neither a pad token nor an eos token: give it one of them")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal(name: str, network: Network | None = None, *, seed: int = 0) -> PreTrainedModel:
+    """Load a causal language model, ready to train: in train mode, all weights trainable or, with LoRA, its adapters.
+
+    Args:
+        name: folder or hub id of anything that ``AutoModelForCausalLM`` loads.
+        network: how to hold it; None = the defaults.
+        seed: for the adapters' random half.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id.
+        ValueError: no safetensors, or weights are missing in the files.
+    """
+    from transformers import AutoModelForCausalLM
+
+    network = network or Network()
+    config = load_config(name, network)
+    model, missing = load_weights(AutoModelForCausalLM, name, config, network, seed)
+    if missing:
+        raise ValueError(
+            f"{name} lacks weights of a causal language model: {', '.join(sorted(missing)[:3])}"
+            f"{' …' if len(missing) > 3 else ''}. Is it a reward model or of another kind ({config.architectures})?"
+        )
+    if network.lora is not None:
+        inject_adapters(model, network.lora, task="CAUSAL_LM", seed=seed)
+    return model
+
+
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Give the ids of all tokens that end a response: those of the model's generation config and the tokenizer's.
+
+    Chat models name several. Empty if neither names one.
+    """
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(named if isinstance(named, (list, tuple)) else [named])
+    ids.add(getattr(tokenizer, "eos_token_id", None))
+    return tuple(sorted(int(i) for i in ids if i is not None))
+
+
+def _last_logits(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Logits [B, count, V] at the last ``count`` positions, by the model's own forward (soft-caps and scales apply)."""
+    import inspect
+
+    inputs = read_inputs(model, ids, mask)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = count
+    return model(**inputs).logits[:, -count:]
+
+
+def _chosen_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Float32 log-softmax of ``logits`` [B, T, V] at ``ids`` [B, T]; 0 where ``mask`` is False."""
+    targets = ids.masked_fill(~mask, 0)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return torch.where(mask, -loss.view(ids.shape), 0.0)
+
+
+@overload
+def token_logprobs(
+    model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: Literal[False] = False
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def token_logprobs(
+    model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute log π(response token | all before it) at the sampling temperature, in float32.
+
+    ``logprobs[b, t] = log softmax(logits / temperature)[response_ids[b, t]]``; 0 where the mask is False. Padding on
+    either side and other rows of the batch change nothing. Logits are made at response positions only.
+
+    Args:
+        model: a causal language model.
+        rollout: prompts and responses; only ids and masks are read.
+        temperature: that of the sampler (Huang et al. 2023: divide the logits everywhere); more than 0.
+        entropy: also give the entropy of each distribution, in nats.
+
+    Returns:
+        logprobs [B, T], or (logprobs [B, T], entropy [B, T]).
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
+    # The last token predicts nothing that is asked for, so it is not read.
+    count = rollout.response_ids.shape[1]
+    logits = _last_logits(model, rollout.input_ids[:, :-1], rollout.input_mask[:, :-1], count)
+    logits = logits.float() / temperature if temperature != 1.0 else logits.float()
+    logprobs = _chosen_logprobs(logits, rollout.response_ids, rollout.mask)
+    if not entropy:
+        return logprobs
+    return logprobs, torch.where(rollout.mask, entropy_from_logits(logits), 0.0)
+
+
+def next_token_logprobs(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the log-probability of each token given those before it, and whether it was the model's first choice.
+
+    Column t is about token t + 1 of the row. Entries whose token, or the one before it, is padding are 0 and False.
+
+    Args:
+        model: a causal language model.
+        ids: [B, L] token ids.
+        mask: [B, L] bool, True = a real token.
+
+    Returns:
+        (logprobs [B, L - 1] float32, correct [B, L - 1] bool).
+    """
+    logits = _last_logits(model, ids[:, :-1], mask[:, :-1], ids.shape[1] - 1)
+    counts = mask[:, 1:] & mask[:, :-1]
+    correct = (logits.detach().argmax(dim=-1) == ids[:, 1:]) & counts
+    return _chosen_logprobs(logits, ids[:, 1:], counts), correct
+
+
+def write_folder(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """Write a standard Hugging Face folder (safetensors, adapters merged); every process of a sharded run must call.
+
+    Args:
+        model: a transformers model, possibly with adapters, possibly sharded.
+        tokenizer: written beside it; None leaves it out.
+        folder: made if missing.
+    """
+    state = merged_state(model)
+    write = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if not write:
+        return
+    with quiet():
+        model.save_pretrained(str(folder), state_dict=state, is_main_process=write)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+def save_folder(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, merge: bool = True
+) -> None:
+    """Write a causal model as a Hugging Face folder.
+
+    Args:
+        model: the model, which stays as it is.
+        tokenizer: written beside it; None leaves it out.
+        folder: made if missing.
+        merge: add LoRA adapters to the weights, so that ``AutoModelForCausalLM`` loads the folder. False writes the
+            adapters alone, for ``peft.PeftModel.from_pretrained(base, folder)``. Without adapters it makes no
+            difference.
+    """
+    if merge or not has_adapters(model):
+        write_folder(model, tokenizer, folder)
+        return
+    write = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if write:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    save_adapters(model, folder, write=write)
+    if write and tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))

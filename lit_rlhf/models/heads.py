@@ -1,0 +1,190 @@
+"""One scalar per token: reward models and critics.
+
+Both are transformers' own sequence-classification models with one label, so a saved folder is a standard one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlhf.batch import Rollout
+from lit_rlhf.models.adapters import inject_adapters
+from lit_rlhf.models.causal import write_folder
+from lit_rlhf.models.network import Network, load_config, load_weights, read_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def _init_head(head: nn.Linear, seed: int) -> None:
+    """Draw the head's weights from N(0, 1/(d + 1)), variance-wise (Stiennon et al. 2020, appendix B.1)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
+    with torch.no_grad():
+        head.weight.copy_(weight)
+
+
+def load_scalar(name: str, network: Network | None = None, *, seed: int = 0) -> PreTrainedModel:
+    """Load a model with one scalar output per token, ready to train; with LoRA, adapters and head are trainable.
+
+    A reward-model folder keeps its head. A causal language model gets a new one, without bias: weights from
+    N(0, 1/(d + 1)), variance-wise (Stiennon et al. 2020). ``model.head_is_new`` says which it was.
+
+    Args:
+        name: folder or hub id of a reward model or a causal language model.
+        network: how to hold it; None = the defaults.
+        seed: for a new head and the adapters' random half.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id.
+        ValueError: a classifier with another number of labels, a kind without a linear ``score`` head, or missing
+            weights.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    network = network or Network()
+    config = load_config(name, network)
+    is_classifier = any("SequenceClassification" in kind for kind in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(f"{name} is a classifier with {config.num_labels} labels; a reward model has 1")
+    config.num_labels = 1
+    model, missing = load_weights(AutoModelForSequenceClassification, name, config, network, seed)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{name} ({type(model).__name__}) has no linear head named score: only decoders do")
+    model.head_is_new = "score.weight" in missing
+    if missing - {"score.weight"} or (is_classifier and missing):
+        raise ValueError(f"{name} lacks weights: {', '.join(sorted(missing)[:3])}")
+    if model.head_is_new:
+        _init_head(head, seed)
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None:  # transformers' own pooling wants one; ours reads the mask
+        eos = text_config.eos_token_id
+        text_config.pad_token_id = eos[0] if isinstance(eos, list) else eos if eos is not None else 0
+    if network.lora is not None:
+        inject_adapters(model, network.lora, task="SEQ_CLS", seed=seed)
+        model.score.requires_grad_(True)
+    return model
+
+
+@contextmanager
+def _score_every_position(model: Any) -> Iterator[None]:
+    """Have the model's forward give the head's output at every position, instead of at one it picks by padding id.
+
+    The outer forward must run (it gathers the weights of a sharded model) and the scores must leave through its output
+    (there the sharded backward hooks in), hence two hooks, ours before any other.
+    """
+    kept: list[Tensor] = []
+
+    def keep(head: nn.Module, args: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    def hand_over(module: nn.Module, args: Any, output: Any) -> Any:
+        output.logits = kept.pop()
+        return output
+
+    handles = [model.score.register_forward_hook(keep), model.register_forward_hook(hand_over, prepend=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _raw_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    with _score_every_position(model):
+        return model(**read_inputs(model, ids, mask)).logits.squeeze(-1).float()
+
+
+def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Compute the scalar at every token, in float32; 0 where the mask is False.
+
+    Args:
+        model: from `load_scalar`.
+        ids: [B, L] token ids.
+        mask: [B, L] bool, True = a real token, padding on either side.
+
+    Returns:
+        [B, L].
+    """
+    return torch.where(mask, _raw_scores(model, ids, mask), 0.0)
+
+
+def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Compute the scalar at the last real token of each row: a reward model's score.
+
+    The token is found by the mask, so a padding id that equals the end token does no harm, and neither the padding's
+    side nor the rest of the batch matters. A row without tokens scores 0.
+
+    Args:
+        model: from `load_scalar`.
+        ids: [B, L] token ids.
+        mask: [B, L] bool, True = a real token.
+
+    Returns:
+        [B].
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = (columns * mask).argmax(dim=1, keepdim=True)
+    return token_scores(model, ids, mask).gather(1, last).squeeze(1)
+
+
+def response_values(model: Any, rollout: Rollout) -> Tensor:
+    """Compute the value of the state before each response token; 0 where the mask is False.
+
+    ``values[b, t]`` reads the prompt and the response up to, not including, token t.
+
+    Args:
+        model: the critic, from `load_scalar`.
+        rollout: prompts and responses; only ids and masks are read.
+
+    Returns:
+        [B, T].
+    """
+    count = rollout.response_ids.shape[1]
+    scores = _raw_scores(model, rollout.input_ids[:, :-1], rollout.input_mask[:, :-1])
+    return torch.where(rollout.mask, scores[:, -count:], 0.0)
+
+
+def save_scalar(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    mean: float | None = None,
+    std: float | None = None,
+) -> None:
+    """Write a reward model or critic as a folder that ``AutoModelForSequenceClassification`` loads, adapters merged.
+
+    Args:
+        model: from `load_scalar`; stays as it is but for its config.
+        tokenizer: written beside it, and the source of the config's padding id; None leaves both.
+        folder: made if missing.
+        mean: mean of the scores on held-out responses, kept in config.json as ``reward_mean``; None = not measured.
+        std: their standard deviation, ``reward_std``.
+
+    Warns:
+        UserWarning: padding and end share an id. Then transformers' own pooling cannot see a final end token and
+            scores the token before it; `sequence_scores` is not affected.
+    """
+    for key, value in (("reward_mean", mean), ("reward_std", std)):
+        if value is not None:
+            setattr(model.config, key, float(value))
+        elif hasattr(model.config, key):
+            delattr(model.config, key)
+    if tokenizer is not None and tokenizer.pad_token_id is not None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            warnings.warn(
+                f"{folder}: padding and end of text share id {tokenizer.pad_token_id}, so transformers' own pooling "
+                "will score the token before the end; lit_rlhf reads the mask and is not affected",
+                stacklevel=2,
+            )
+    write_folder(model, tokenizer, folder)

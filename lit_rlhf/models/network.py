@@ -1,0 +1,202 @@
+"""How a network is loaded: the settings, the door that refuses what cannot be loaded, and the loading itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters (Hu et al. 2021): the update of a weight is ``alpha / r · B·A``, and only A and B learn.
+
+    Args:
+        r: rank of the update.
+        alpha: scale; the update counts ``alpha / r`` times.
+        dropout: dropout on the adapters' input.
+        targets: names of the layers to adapt, for instance ``[q_proj, v_proj]``; None adapts every linear layer but the
+            head.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r is {self.r}: the rank must be at least 1 (leave lora out to train all weights)")
+
+
+@dataclass
+class Network:
+    """How a model is loaded and held.
+
+    Args:
+        dtype: number format of the weights, whatever the files hold. Train in float32 (with ``precision: bf16-mixed``
+            where speed counts); bfloat16 is for frozen models.
+        attention: attention implementation of transformers: eager, sdpa, flash_attention_2 …
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        lora: train low-rank adapters in place of the weights.
+        trust_remote_code: run Python code that comes with a hub model. Only for authors you trust.
+        dropout: probability of every dropout in the model. 0 by default: with dropout, RL's probability ratios are
+            wrong from the first update (Huang et al. 2023).
+        revision: branch, tag or commit of a hub model.
+    """
+
+    dtype: Dtype = "float32"
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    trust_remote_code: bool = False
+    dropout: float = 0.0
+    revision: str | None = None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' weight bars and load reports; what matters in them, we check and say ourselves."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if downloads:  # transformers has switched these off too, but a download of gigabytes should be seen
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def is_path(name: str) -> bool:
+    """Say whether a name means a place on disk: it exists, or no hub id (``model`` or ``owner/model``) looks so."""
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_folder(name: str) -> None:
+    """Refuse a model folder that cannot be loaded; names that can only be hub ids pass.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without a model in it.
+        ValueError: the folder holds only pickled weights or only adapters.
+    """
+    if not is_path(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such model folder: {name}")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{name} holds only adapters; name a folder with the whole model (export with merge=True)")
+        raise FileNotFoundError(f"{name} is no model folder: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")):
+            raise ValueError(
+                f"{name} has its weights only as .bin; those are pickles, which can run code when opened. "
+                "Convert them to safetensors (transformers' save_pretrained writes it)"
+            )
+        raise FileNotFoundError(f"{name} has a config.json but no *.safetensors weights")
+
+
+@contextmanager
+def hub_errors(name: str, what: str) -> Iterator[None]:
+    """Turn the hub's and transformers' long loading errors into one line that names what was asked for."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        place = "in that folder" if Path(name).expanduser().is_dir() else "as a folder here or on the Hugging Face hub"
+        raise FileNotFoundError(f"found no {what} named {name!r} {place}: {reason[:300]}") from None
+
+
+def _set_dropout(config: Any, probability: float) -> None:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and ("dropout" in key or key.endswith("pdrop")):
+                setattr(part, key, float(probability))
+
+
+def load_config(name: str, network: Network) -> Any:
+    """Read a model's configuration, its dropouts set to ``network.dropout``."""
+    from transformers import AutoConfig
+
+    check_folder(name)
+    with hub_errors(name, "model"), quiet():
+        config = AutoConfig.from_pretrained(
+            name, revision=network.revision, trust_remote_code=network.trust_remote_code
+        )
+    _set_dropout(config, network.dropout)
+    return config
+
+
+def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed: int) -> tuple[Any, set[str]]:
+    """Load a model from safetensors, all of it trainable and in train mode.
+
+    Args:
+        auto_class: the transformers ``AutoModelFor…`` class.
+        name: folder or hub id.
+        config: from `load_config`.
+        network: how to hold it.
+        seed: for weights that the files lack; the global random state is left as it was.
+
+    Returns:
+        The model, and the names of the weights that the files lack (made up by transformers).
+    """
+    with torch.random.fork_rng(devices=[]), hub_errors(name, "model with safetensors weights"), quiet():
+        torch.random.default_generator.manual_seed(seed)
+        model, report = auto_class.from_pretrained(
+            name,
+            config=config,
+            dtype=getattr(torch, network.dtype),
+            attn_implementation=network.attention,
+            use_safetensors=True,
+            revision=network.revision,
+            trust_remote_code=network.trust_remote_code,
+            output_loading_info=True,
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = float(network.dropout)
+    if network.gradient_checkpointing:
+        # Newer releases of transformers 5 call it activation checkpointing.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.train(), set(report["missing_keys"])
+
+
+def read_inputs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """Give a model's forward arguments for padded rows, such that padding on either side changes nothing.
+
+    Positions count real tokens only (transformers would count from the left edge), and ids under the mask are set to 0,
+    so that a padding id beyond the vocabulary does no harm.
+
+    Args:
+        model: any transformers decoder.
+        ids: [B, L] token ids.
+        mask: [B, L] bool, True = a real token.
+    """
+    import inspect
+
+    inputs = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "use_cache": False}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # some (ALiBi, state space) know no positions
+        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return inputs

@@ -1,0 +1,73 @@
+"""A model spread over processes with FSDP2 (``fully_shard``), each network as a root of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _shards(model: nn.Module) -> list[Any]:
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def shard(model: Any, mesh: Any) -> Any:
+    """Shard a transformers model in place: each decoder layer, then the rest.
+
+    Args:
+        model: the model; its adapters, if any, must be in already.
+        mesh: a one-dimensional ``DeviceMesh`` (Lightning's ``self.device_mesh["data_parallel"]``), or None to leave
+            the model whole.
+
+    Returns:
+        The model.
+    """
+    if mesh is None or _shards(model):
+        return model
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = set(model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold a sharded model's weights whole, so that generation gathers them once instead of once a token.
+
+    Inside, processes may run different numbers of forward passes. Does nothing to a model that is not sharded.
+    """
+    shards = _shards(model)
+    for module in shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(module is not model, recurse=False)  # torch's own default
+            module.reshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass without backward leaves gathered: the root's embedding and head."""
+    for module in _shards(model):
+        module.reshard()
+
+
+def unsharded_trainables(module: nn.Module) -> list[str]:
+    """Name the trainable parameters that stand outside every shard; no process would ever synchronise them."""
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not hasattr(parameter, "full_tensor")
+    ]

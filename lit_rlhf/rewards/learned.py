@@ -1,0 +1,97 @@
+"""A learned reward model as one of the rewards: it reads token ids, never text."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlhf.batch import Rollout
+from lit_rlhf.models import Network, load_scalar, load_tokenizer, sequence_scores
+
+
+class RewardModel(nn.Module):
+    """Frozen reward model: a sequence-classification folder with one output, as the reward stage writes it.
+
+    It scores prompt and response as the policy saw them, by their token ids, so it must share the policy's vocabulary.
+    It stays in evaluation mode whatever the module that holds it does.
+
+    Args:
+        model: hub id or folder of the reward model; its tokenizer must be there, too.
+        normalize: take off the mean and divide by the standard deviation of its scores on held-out data, which the
+            reward stage saved in its ``config.json`` (``reward_mean``, ``reward_std``).
+        dtype: precision of its weights; scores are float32.
+        batch_size: sequences a forward pass; bounds memory and changes no score.
+        trust_remote_code: run Python code that comes with the model.
+        name: what it is logged as.
+
+    Raises:
+        ValueError: a folder without a trained head (a causal language model), or without mean and deviation though
+            ``normalize`` asks for them.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        normalize: bool = False,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        batch_size: int = 32,
+        trust_remote_code: bool = False,
+        name: str = "reward_model",
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"RewardModel: batch_size is {batch_size}, expected 1 or more")
+        self.source, self.batch_size, self.name, self.trust_remote_code = model, batch_size, name, trust_remote_code
+        self.model = load_scalar(model, Network(dtype=dtype, trust_remote_code=trust_remote_code))
+        if self.model.head_is_new:
+            raise ValueError(
+                f"RewardModel: {model!r} has no trained scalar head, it is a language model: train a reward model from "
+                "it (lit-rlhf fit with the RewardModeling stage) and name the folder which that writes"
+            )
+        self.mean, self.std = self._moments() if normalize else (0.0, 1.0)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> RewardModel:
+        """Stay in evaluation mode: dropout would make the reward random."""
+        return super().train(False)
+
+    def bind(self, tokenizer: Any) -> None:
+        """Check that the policy's token ids mean the same to the reward model.
+
+        Args:
+            tokenizer: the policy's.
+
+        Raises:
+            ValueError: a token of the policy has another id, or none, here.
+        """
+        own = load_tokenizer(self.source, trust_remote_code=self.trust_remote_code).get_vocab()
+        policy = tokenizer.get_vocab()
+        strange = sorted((i, token) for token, i in policy.items() if own.get(token) != i)
+        if strange:
+            i, token = strange[0]
+            raise ValueError(
+                f"RewardModel: {self.source!r} has another vocabulary than the policy: {len(strange)} of the policy's "
+                f"{len(policy)} tokens differ, first {token!r}, id {i} in the policy and {own.get(token, 'unknown')} "
+                "in the reward model. It scores token ids: train it from a model of the policy's family"
+            )
+
+    @torch.no_grad()
+    def score_rollout(self, rollout: Rollout) -> Tensor:
+        """Scores [B] (float32) of the responses, each read at its last token."""
+        # Like lengths together: a pass is as wide as its longest sequence.
+        order = rollout.input_mask.sum(dim=1).argsort(stable=True)
+        parts = [rollout.select(rows).trim() for rows in order.split(self.batch_size)]
+        scores = torch.cat([sequence_scores(self.model, part.input_ids, part.input_mask).float() for part in parts])
+        return (torch.empty_like(scores).index_copy_(0, order, scores) - self.mean) / self.std
+
+    def _moments(self) -> tuple[float, float]:
+        mean, std = (getattr(self.model.config, f"reward_{key}", None) for key in ("mean", "std"))
+        if mean is None or std is None or not std > 0:
+            raise ValueError(
+                f"RewardModel: normalize asks for reward_mean and reward_std (above 0) in {self.source!r}/config.json, "
+                f"found {mean} and {std}. The reward stage writes them after validation; else set normalize: false"
+            )
+        return float(mean), float(std)

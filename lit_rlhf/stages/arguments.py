@@ -1,0 +1,62 @@
+"""Constructor arguments as plain values, so that a checkpoint holds no objects and loads with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule
+
+GroupT = TypeVar("GroupT")
+_DROP = object()
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain for key, item in value.items() if (plain := _plain(item)) is not _DROP}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return _DROP if any(item is _DROP for item in items) else items
+    return _DROP
+
+
+def remember(module: LightningModule, arguments: dict[str, Any]) -> None:
+    """Save a stage's constructor arguments as its hyperparameters, plain values only.
+
+    Objects (reward functions, a sampler) have no plain form and are left out: who loads the checkpoint in Python passes
+    them again, ``PPO.load_from_checkpoint(path, rewards=[...])``.
+
+    Args:
+        module: the stage under construction.
+        arguments: ``locals()`` of its constructor.
+    """
+    kept = {key: _plain(value) for key, value in arguments.items() if key != "self" and not key.startswith("__")}
+    module.save_hyperparameters({key: value for key, value in kept.items() if value is not _DROP})
+
+
+def revive(group: type[GroupT], value: GroupT | dict[str, Any]) -> GroupT:
+    """Give back a settings group that a checkpoint or a config holds as a dict.
+
+    Args:
+        group: the dataclass, for instance ``Optim``.
+        value: an instance (returned as it is) or a dict of its fields.
+    """
+    if not isinstance(value, dict):
+        return value
+    hints = typing.get_type_hints(group)
+    fields = {}
+    for name, item in value.items():
+        inner = [
+            hint for hint in (hints[name], *typing.get_args(hints[name])) if isinstance(hint, type)
+        ] if name in hints else []
+        nested = next((hint for hint in inner if dataclasses.is_dataclass(hint)), None)
+        fields[name] = revive(nested, item) if nested and isinstance(item, dict) else item
+    return group(**fields)

@@ -1,0 +1,97 @@
+"""What PPO and GRPO report about a rollout, and how both are judged on held-out prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_rlhf.batch import Prompts, Rollout
+from lit_rlhf.models import evaluating, token_logprobs
+from lit_rlhf.objectives import kl_estimate, masked_mean
+from lit_rlhf.stages.seeds import seed_for
+
+if TYPE_CHECKING:
+    from lit_rlhf.stages.grpo import GRPO
+    from lit_rlhf.stages.ppo import PPO
+
+SHOWN = 8  # texts kept of a validation, per mode
+
+
+def response_metrics(rollout: Rollout) -> dict[str, Tensor]:
+    """Length of the responses, how they end, and how far the sampler's log-probs are from the trainer's."""
+    ended = rollout.ended.float().mean()
+    metrics = {
+        "response/length_mean": rollout.lengths.float().mean(),
+        "response/eos_fraction": ended,
+        "response/truncated_fraction": 1 - ended,
+    }
+    if rollout.sampler_logprobs is not None and rollout.old_logprobs is not None:
+        gap = torch.where(rollout.mask, rollout.sampler_logprobs - rollout.old_logprobs, 0.0).abs()
+        metrics["sampler/logprob_gap_mean"] = masked_mean(gap, rollout.mask)
+        metrics["sampler/logprob_gap_max"] = gap.max()
+    return metrics
+
+
+def reward_metrics(parts: dict[str, Tensor], prefix: str = "rewards/") -> dict[str, Tensor]:
+    """Mean and standard deviation of each reward over the rows it applied to (0 where it applied to none)."""
+    metrics = {}
+    for name, values in parts.items():
+        applied = values[~values.isnan()]
+        metrics[f"{prefix}{name}/mean"] = applied.mean() if applied.numel() else values.new_zeros(())
+        metrics[f"{prefix}{name}/std"] = applied.std(correction=0) if applied.numel() else values.new_zeros(())
+    return metrics
+
+
+def group_metrics(scores: Tensor, group_size: int) -> dict[str, Tensor]:
+    """Mean score, mean spread within a group, and the share of groups whose answers all score the same (no signal).
+
+    Args:
+        scores: [B], the answers to a prompt side by side.
+        group_size: G.
+    """
+    spread = scores.view(-1, group_size).std(dim=1, correction=0)
+    return {
+        "reward": scores.mean(),
+        "reward_std": spread.mean(),
+        "groups/zero_std_fraction": (spread < 1e-6).float().mean(),
+    }
+
+
+def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """KL(π‖π_ref) in nats a response, estimated by k1 on samples of π: the mean over rows of Σₜ (log π − log π_ref)."""
+    return kl_estimate(logprobs, ref_logprobs, "k1").mul(mask).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def judge_held_out(stage: PPO | GRPO, prompts: Prompts, batch_idx: int) -> None:
+    """Answer held-out prompts greedily and by sampling; log scores, KL and length; keep a few texts in ``stage.samples``.
+
+    The seed depends on the batch only, so that every validation of a run draws from the same random numbers.
+
+    Args:
+        stage: PPO or GRPO.
+        prompts: one held-out batch.
+        batch_idx: its number.
+    """
+    greedy = dataclasses.replace(stage.sampling, temperature=0.0)
+    for mode, sampling in (("greedy", greedy), ("sampled", stage.sampling)):
+        seed = seed_for(stage.seed, "validation", batch_idx, stage.global_rank)
+        rollout = stage.sampler(stage.policy, stage.tokenizer, prompts, sampling, seed=seed)
+        scores, parts = stage.rewards(rollout)
+        metrics = {f"val/score_{mode}": scores.mean(), f"val/eos_fraction_{mode}": rollout.ended.float().mean()}
+        metrics |= reward_metrics(parts, f"val/rewards_{mode}/")
+        metrics[f"val/length_{mode}"] = rollout.lengths.float().mean()
+        if mode == "sampled" and stage.reference is not None:
+            with evaluating(stage.policy):
+                logprobs = token_logprobs(stage.policy, rollout, temperature=sampling.temperature)
+            ref_logprobs = stage.reference.token_logprobs(stage.policy, rollout, temperature=sampling.temperature)
+            metrics["val/kl"] = sequence_kl(logprobs, ref_logprobs, rollout.mask)
+        stage.log_dict(metrics, on_epoch=True, batch_size=len(prompts), sync_dist=True)
+        if batch_idx == 0:
+            shown = zip(rollout.prompts[:SHOWN], rollout.completions, scores.tolist(), strict=False)
+            stage.samples += [
+                {"step": stage.global_step, "mode": mode, "prompt": p, "completion": c, "score": s} for p, c, s in shown
+            ]

@@ -1,0 +1,105 @@
+"""One optimizer with named parameter groups, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch.nn import Parameter
+
+
+@dataclass
+class Optim:
+    """How the weights move.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay rates of AdamW's two moments.
+        eps: AdamW's ε, added to the root of the second moment.
+        weight_decay: decoupled weight decay, applied to every trainable tensor.
+        schedule: what the learning rate does after the warm-up: stays, or falls to ``final_fraction`` of the peak.
+        warmup_steps: optimizer steps (in RL: rollouts) of linear rise from 0.
+        final_fraction: where a falling schedule ends, as a fraction of the peak (InstructGPT's cosine: 0.1).
+    """
+
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.betas = (self.betas[0], self.betas[1])  # a checkpoint gives a list back
+
+
+def learning_rate_factor(step: int, total: float, optim: Optim) -> float:
+    """Give the learning rate of a step as a fraction of the peak.
+
+    Args:
+        step: optimizer steps (in RL: rollouts) already made.
+        total: steps of the whole run; may be infinite where the schedule is constant.
+        optim: the schedule's settings.
+
+    >>> learning_rate_factor(100, 100, Optim(schedule="cosine", final_fraction=0.1))
+    0.1
+    """
+    if step < optim.warmup_steps:
+        return (step + 1) / (optim.warmup_steps + 1)
+    if optim.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - optim.warmup_steps) / max(1.0, total - optim.warmup_steps))
+    left = 1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return optim.final_fraction + (1 - optim.final_fraction) * left
+
+
+def configure(module: LightningModule, groups: Mapping[str, tuple[Iterable[Parameter], float]], optim: Optim) -> Any:
+    """Build what ``configure_optimizers`` returns: AdamW over named groups and a schedule per optimizer step.
+
+    The length of the run is read when training starts, not here: asking the Trainer now would build the data loader
+    before a checkpoint has put it back in its place.
+
+    Args:
+        module: the stage; its Trainer gives the length of the run.
+        groups: for each group its parameters (frozen ones are skipped) and peak learning rate.
+        optim: the settings.
+
+    Raises:
+        ValueError: when training starts, if the schedule falls but the run has no end.
+    """
+    parameters = [
+        {"params": [p for p in tensors if p.requires_grad], "lr": lr, "name": name}
+        for name, (tensors, lr) in groups.items()
+    ]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+
+    def factor(step: int) -> float:
+        # Built before training starts, the scheduler asks for step 0 only, and no schedule has fallen by then.
+        total = module.trainer.estimated_stepping_batches if step else math.inf
+        if step and optim.schedule != "constant" and not 0 < total < math.inf:
+            raise ValueError(
+                f"optim.schedule={optim.schedule!r} needs to know where the run ends: set trainer.max_steps or "
+                f"trainer.max_epochs, or take schedule='constant'."
+            )
+        return learning_rate_factor(step, total, optim)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def divide_gradients(optimizer: torch.optim.Optimizer, count: float) -> None:
+    """Divide every gradient by ``count``: turns the gradient of a sum over a whole optimizer step into that of its mean.
+
+    Args:
+        optimizer: its parameter groups hold the gradients.
+        count: what the loss was summed over (tokens, or prompts), over all batches and ranks of the step.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch._foreach_div_(gradients, max(count, 1.0))

@@ -1,0 +1,139 @@
+"""Supervised fine-tuning: imitate the demonstrations, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lit_rlhf.batch import Examples, Prompts
+from lit_rlhf.models import Network, keep_adapters_only, load_causal, load_tokenizer, next_token_logprobs, save_folder
+from lit_rlhf.objectives import next_token_loss
+from lit_rlhf.rollout import GenerateSampler, Sampling
+from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.optim import Optim, configure, divide_gradients
+from lit_rlhf.stages.seeds import seed_for
+
+
+class SFT(LightningModule):
+    """Minimise the mean negative log-likelihood of the tokens that the data marks as to be learned.
+
+    The mean is over all such tokens of an optimizer step, whatever ``accumulate_grad_batches`` and the number of
+    processes: each batch's loss is a sum, and the accumulated gradient is divided once by the count.
+
+    Args:
+        model: hub id or folder of the language model to start from.
+        tokenizer: hub id or folder of the tokenizer; ``model`` if null.
+        network: how the model is loaded.
+        optim: the optimizer's settings.
+        sampling: how the samples shown at validation are drawn.
+        sample_prompts: held-out examples whose beginning is continued at validation; 0 = none.
+        seed: of those samples.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: str | None = None,
+        network: Network = Network(),  # noqa: B008
+        optim: Optim = Optim(),  # noqa: B008
+        sampling: Sampling = Sampling(max_new_tokens=64),  # noqa: B008
+        sample_prompts: int = 4,
+        seed: int = 0,
+    ) -> None:
+        arguments = locals().copy()
+        super().__init__()
+        remember(self, arguments)
+        network, self.sampling, self.optim = revive(Network, network), revive(Sampling, sampling), revive(Optim, optim)
+        self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
+        self.policy = load_causal(model, network, seed=seed)
+        keep_adapters_only(self, ["policy"])
+        self.sample_prompts, self.seed = sample_prompts, seed
+        self.samples: list[dict[str, Any]] = []
+        self.step_tokens = 0.0
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+
+    def read(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the negative log-likelihood over learned tokens, the number right by argmax, and their count."""
+        logprobs, correct = next_token_logprobs(self.policy, batch.ids, batch.mask)
+        mask = batch.loss_mask[:, 1:] & batch.mask[:, 1:]
+        return next_token_loss(logprobs, mask, 1.0), (correct & mask).sum(), mask.sum()
+
+    def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
+        """Sum of the batch's negative log-likelihood; the step's gradient is divided by its tokens before clipping."""
+        total, correct, count = self.read(batch)
+        self.step_tokens += float(count)
+        self.tokens += count
+        mean = total.detach() / count.clamp(min=1)
+        self.log_dict(
+            {
+                "loss": mean,
+                "perplexity": mean.exp(),
+                "token_accuracy": correct / count.clamp(min=1),
+                "tokens": self.tokens.float(),
+            }
+        )
+        return total * self.trainer.accumulate_grad_batches  # Lightning divides by it; the count below is the true one
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the summed gradient into that of the token-weighted mean over batches and ranks."""
+        count = torch.tensor(self.step_tokens, device=self.device, dtype=torch.double)
+        divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
+        self.step_tokens = 0.0
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's samples."""
+        self.samples = []
+
+    def validation_step(self, batch: Examples, batch_idx: int) -> None:
+        """Held-out loss, perplexity and accuracy over all tokens; a few sampled continuations."""
+        total, correct, count = self.read(batch)
+        self.val_loss.update(total / count.clamp(min=1), count)
+        self.val_accuracy.update(correct / count.clamp(min=1), count)
+        if batch_idx == 0 and self.sample_prompts:
+            self.show_samples(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the token-weighted means of the whole held-out set."""
+        loss = self.val_loss.compute()
+        self.log_dict(
+            {"val/loss": loss, "val/perplexity": loss.exp(), "val/token_accuracy": self.val_accuracy.compute()}
+        )
+        self.val_loss.reset()
+        self.val_accuracy.reset()
+
+    def show_samples(self, batch: Examples) -> None:
+        """Continue the beginnings of a few examples (the part before the first learned token, at least 8 tokens)."""
+        beginnings = []
+        for ids, mask, learned in zip(batch.ids, batch.mask, batch.loss_mask, strict=True):
+            length, first = int(mask.sum()), int(learned.int().argmax())
+            beginnings.append(ids[: first if first > 1 else min(8, length - 1)])
+            if len(beginnings) == self.sample_prompts:
+                break
+        width = max(len(ids) for ids in beginnings)
+        ids = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0)) for ids in beginnings])
+        lengths = torch.tensor([len(ids) for ids in beginnings], device=ids.device)
+        mask = torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)
+        texts = tuple(self.tokenizer.batch_decode(beginnings, skip_special_tokens=True))
+        seed = seed_for(self.seed, "validation", self.global_rank)
+        prompts = Prompts(ids, mask, texts)
+        for mode, temperature in (("greedy", 0.0), ("sampled", self.sampling.temperature)):
+            sampling = dataclasses.replace(self.sampling, temperature=temperature)
+            rollout = GenerateSampler()(self.policy, self.tokenizer, prompts, sampling, seed=seed)
+            self.samples += [
+                {"step": self.global_step, "mode": mode, "prompt": prompt, "completion": text, "score": None}
+                for prompt, text in zip(texts, rollout.completions, strict=True)
+            ]
+
+    def configure_optimizers(self) -> Any:
+        """One AdamW over the policy."""
+        return configure(self, {"policy": (self.policy.parameters(), self.optim.lr)}, self.optim)
+
+    def export(self, folder: str, merge: bool = True) -> None:
+        """Write the policy as a Hugging Face folder (adapters merged, or kept as an adapter folder)."""
+        save_folder(self.policy, self.tokenizer, folder, merge=merge)

@@ -1,0 +1,36 @@
+"""Settings and fixtures every test shares: one thread, no network, tiny models."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+)
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with its tokenizer, as a Hugging Face folder."""
+    return tiny.save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tokenizer():
+    """The byte tokenizer."""
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,147 @@
+"""The mechanism under PPO and GRPO: plan, identity at the first minibatch, invariance, counters, guards, resume."""
+
+from __future__ import annotations
+
+import arena
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_rlhf.models import Lora, Network
+from lit_rlhf.stages import GRPO, PPO, Optim
+from lit_rlhf.stages.updates import Updates
+
+
+def ppo(folder: str, **knobs) -> PPO:
+    settings = {"sampling": arena.SHORT, "optim": Optim(lr=1e-3, eps=1e-5), **knobs}
+    return PPO(folder, rewards=[arena.low_ids], **settings)
+
+
+def grpo(folder: str, **knobs) -> GRPO:
+    settings = {"sampling": arena.SHORT, "optim": Optim(lr=1e-3), "group_size": 4, **knobs}
+    return GRPO(folder, rewards=[arena.low_ids], **settings)
+
+
+BOTH = pytest.mark.parametrize("build", [ppo, grpo])
+
+
+def test_plan_covers_every_row_once_an_epoch_and_starts_in_sampled_order():
+    updates = Updates(epochs=3, minibatches=2, micro_batch_size=3)
+    updates.plan(rows=8, seed=1)
+    assert len(updates.steps) == 6
+    assert torch.cat([torch.cat(step) for step in updates.steps[:2]]).tolist() == list(range(8))
+    later = [torch.cat([torch.cat(step) for step in updates.steps[2 * e : 2 * e + 2]]).tolist() for e in (1, 2)]
+    assert sorted(later[0]) == sorted(later[1]) == list(range(8))
+    assert later[0] != later[1] != list(range(8))
+    assert [len(rows) for rows in updates.steps[0]] == [3, 1]
+
+
+def test_rows_that_do_not_divide_into_minibatches_are_refused(model_folder):
+    with pytest.raises(MisconfigurationException, match="does not divide into minibatches=3"):
+        arena.fit(ppo(model_folder, minibatches=3), [arena.prompts(4)])
+
+
+@BOTH
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_first_minibatch_has_ratio_exactly_one(build, micro_batch_size, model_folder):
+    """Same weights, same rows, same padding: the trainer's log-probs are those of the scoring pass to the last bit."""
+    stage = build(model_folder, epochs=2, minibatches=2, micro_batch_size=micro_batch_size)
+    seen: list[dict[str, float]] = []
+    mean_metrics = stage.updates.mean_metrics
+
+    def watch(step=None):
+        if not seen:
+            first = mean_metrics(0)
+            seen.append({key: float(value) for key, value in first.items()})
+            seen.append({key: float(value) for key, value in mean_metrics(3).items()})
+        return mean_metrics(step)
+
+    stage.updates.mean_metrics = watch
+    arena.fit(stage, [arena.prompts(4)])
+    first, last = seen
+    assert (first["policy/ratio_mean"], first["policy/ratio_var"]) == (1.0, 0.0)
+    assert (first["policy/approx_kl"], first["policy/clip_fraction"]) == (0.0, 0.0)
+    assert last["policy/approx_kl"] > 0
+
+
+@BOTH
+def test_microbatches_change_nothing(build, model_folder):
+    results = []
+    for micro_batch_size in (None, 1, 3):
+        stage = build(model_folder, epochs=2, minibatches=2, micro_batch_size=micro_batch_size)
+        log = arena.Log()
+        arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)], callbacks=[log], gradient_clip_val=1.0)
+        results.append((arena.weights(stage), log.rows[-1]))
+    for weights, metrics in results[1:]:
+        torch.testing.assert_close(weights, results[0][0], atol=2e-5, rtol=0)
+        assert metrics["loss"] == pytest.approx(results[0][1]["loss"], abs=1e-4)
+
+
+@BOTH
+def test_one_batch_of_prompts_is_one_global_step(build, model_folder):
+    stage = build(model_folder, epochs=3, minibatches=2)
+    log = arena.Log()
+    run = arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)], callbacks=[log])
+    assert run.global_step == 2
+    assert log.rows[-1]["updates"] == 12
+    assert log.rows[-1]["episodes"] == 8 * stage.samples_per_prompt
+    assert log.rows[-1]["tokens"] > log.rows[-1]["episodes"]
+
+
+@BOTH
+def test_target_kl_stops_the_updates_of_a_rollout(build, model_folder):
+    log = arena.Log()
+    stage = build(model_folder, epochs=8, target_kl=1e-4, optim=Optim(lr=1e-2))
+    arena.fit(stage, [arena.prompts(4)], callbacks=[log])
+    assert log.rows[0]["updates"] == 2  # the first update is made at KL 0, the second sees it exceeded and is the last
+
+
+def test_accumulating_over_rollouts_is_refused(model_folder):
+    with pytest.raises(MisconfigurationException, match="micro_batch_size"):
+        arena.fit(grpo(model_folder), [arena.prompts(4)], accumulate_grad_batches=2)
+
+
+def test_half_precision_weights_are_refused(model_folder):
+    with pytest.raises(MisconfigurationException, match="bf16-mixed"):
+        arena.fit(grpo(model_folder), [arena.prompts(4)], precision="bf16-true")
+
+
+@BOTH
+def test_bf16_mixed_trains(build, model_folder):
+    stage = build(model_folder, frozen_dtype="bfloat16")
+    before = arena.weights(stage)
+    arena.fit(stage, [arena.prompts(4)], precision="bf16-mixed")
+    after = arena.weights(stage)
+    assert after.dtype == torch.float32
+    assert torch.isfinite(after).all()
+    assert not torch.equal(before, after)
+
+
+@BOTH
+@pytest.mark.parametrize("lora", [None, Lora(r=4, alpha=8)])
+def test_resume_continues_bit_for_bit_and_the_checkpoint_holds_no_frozen_weights(build, lora, model_folder, tmp_path):
+    """Four rollouts at once, and two, a checkpoint, two more: the same weights, metrics and counters."""
+    batches = [arena.prompts(4, seed=i) for i in range(4)]
+    knobs = {"epochs": 2, "minibatches": 2, "network": Network(lora=lora), "optim": Optim(lr=1e-3, schedule="linear")}
+
+    def keep(folder):
+        return ModelCheckpoint(dirpath=tmp_path / folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+    log, whole = arena.Log(), build(model_folder, **knobs)
+    arena.fit(whole, batches, callbacks=[keep("whole"), log], enable_checkpointing=True, max_steps=4)
+
+    state = torch.load(tmp_path / "whole/step=2.ckpt", weights_only=True)
+    assert state["hyper_parameters"]["epochs"] == 2
+    assert not [key for key in state["state_dict"] if key.startswith(("reference.", "rewards."))]
+    if lora:
+        assert not [key for key in state["state_dict"] if key.startswith("policy.") and "lora_" not in key]
+
+    # A plain loader has no position of its own: the resumed run is given what is left first, as the DataModule would.
+    resumed, again = build(model_folder, **knobs), arena.Log()
+    left_first, settings = batches[2:] + batches[:2], {"enable_checkpointing": True, "max_steps": 4}
+    path = str(tmp_path / "whole/step=2.ckpt")
+    arena.fit(resumed, left_first, callbacks=[keep("resumed"), again], ckpt_path=path, **settings)
+    torch.testing.assert_close(arena.weights(resumed), arena.weights(whole), rtol=0, atol=0)
+    timeless = [key for key in log.rows[-1] if not key.startswith(("time/", "throughput/"))]
+    assert {k: again.rows[-1][k] for k in timeless} == {k: log.rows[-1][k] for k in timeless}

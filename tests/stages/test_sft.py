@@ -1,0 +1,112 @@
+"""SFT: the token-weighted mean that accumulation does not change, what is learned, what is logged and saved."""
+
+from __future__ import annotations
+
+import math
+
+import arena
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_rlhf.batch import Examples
+from lit_rlhf.models import Lora, Network
+from lit_rlhf.rollout import Sampling
+from lit_rlhf.stages import SFT, Optim
+
+
+def sft(folder: str, **knobs) -> SFT:
+    return SFT(folder, **{"optim": Optim(lr=1e-3), "sampling": Sampling(max_new_tokens=4), **knobs})
+
+
+def rows(batch: Examples, chosen: slice) -> Examples:
+    return batch.select(torch.arange(len(batch))[chosen])
+
+
+def naive_loss(folder: str, batch: Examples) -> torch.Tensor:
+    """Cross-entropy of transformers' own logits, the unlearned positions ignored."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    labels = batch.ids.where(batch.loss_mask, -100)
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_loss_and_first_step_equal_cross_entropy_on_transformers_logits(model_folder):
+    batch, log = arena.examples(8), arena.Log()
+    stage = sft(model_folder, optim=Optim(lr=1e-3, eps=1.0))  # a large ε makes Adam's step proportional to the gradient
+    before = arena.weights(stage)
+    arena.fit(stage, [batch], callbacks=[log])
+    expected = naive_loss(model_folder, batch).detach()
+    assert log.rows[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert log.rows[0]["perplexity"] == pytest.approx(math.exp(float(expected)), rel=1e-4)
+    model = tiny.tiny_llama(0)
+    labels = batch.ids.where(batch.loss_mask, -100)
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    step = before - arena.weights(stage)
+    torch.testing.assert_close(step, 1e-3 * gradient / (gradient.abs() + 1.0), atol=1e-7, rtol=1e-2)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_accumulation_changes_nothing_however_ragged_the_batches(clip, model_folder):
+    batch, results = arena.examples(8), []
+    for size in (8, 2, 1):
+        stage = sft(model_folder)
+        batches = [rows(batch, slice(i, i + size)) for i in range(0, 8, size)]
+        arena.fit(stage, batches, accumulate_grad_batches=8 // size, gradient_clip_val=clip)
+        results.append(arena.weights(stage))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(results[2], results[0], atol=1e-5, rtol=0)
+
+
+def test_what_stands_outside_the_loss_mask_is_not_learned(model_folder):
+    batch = arena.examples(4)
+    nothing = batch.with_(loss_mask=torch.zeros_like(batch.loss_mask))
+    stage = sft(model_folder)
+    before = arena.weights(stage)
+    arena.fit(stage, [nothing])
+    torch.testing.assert_close(arena.weights(stage), before, atol=0, rtol=0)
+
+
+def test_validation_is_token_weighted_and_shows_samples(model_folder):
+    stage, held_out = sft(model_folder, sample_prompts=2), arena.examples(6, seed=3)
+    run = arena.trainer()
+    metrics = run.validate(stage, arena.loader([rows(held_out, slice(0, 1)), rows(held_out, slice(1, 6))]), verbose=False)
+    assert metrics[0]["val/loss"] == pytest.approx(float(naive_loss(model_folder, held_out)), rel=1e-5)
+    assert metrics[0]["val/perplexity"] == pytest.approx(math.exp(metrics[0]["val/loss"]), rel=1e-5)
+    assert [sample["mode"] for sample in stage.samples] == ["greedy", "sampled"]  # the first batch has one row
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learns_to_count_and_to_end(seed, model_folder):
+    """On counting sequences the loss falls from ln 259 to next to nothing and greedy continuation counts on."""
+    batches = [arena.examples(16, seed=100 * seed + i) for i in range(120)]
+    stage, log = sft(model_folder, optim=Optim(lr=5e-3, schedule="cosine"), seed=seed), arena.Log()
+    run = arena.fit(stage, batches, [arena.examples(16, seed=999 + seed)], callbacks=[log])
+    assert log.rows[0]["loss"] > 5
+    assert float(run.callback_metrics["val/loss"]) < 1.0
+    assert float(run.callback_metrics["val/token_accuracy"]) > 0.8
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-4, rel=1e-2)  # cosine to 10 %
+
+
+def test_lora_trains_the_adapter_only_and_exports_merged(model_folder, tmp_path):
+    stage = sft(model_folder, network=Network(lora=Lora(r=4, alpha=8)), optim=Optim(lr=1e-2))
+    assert all("lora_" in name for name, p in stage.policy.named_parameters() if p.requires_grad)
+    arena.fit(stage, [arena.examples(8)])
+    stage.export(str(tmp_path / "merged"))
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), arena.examples(4).ids
+    stage.eval()
+    torch.testing.assert_close(merged(ids).logits, stage.policy(ids).logits, atol=1e-5, rtol=0)
+    assert not torch.equal(merged(ids).logits, AutoModelForCausalLM.from_pretrained(model_folder)(ids).logits)
+
+
+def test_checkpoint_loads_weights_only_and_rebuilds_the_stage(model_folder, tmp_path):
+    stage = sft(model_folder, network=Network(lora=Lora(r=4, alpha=8)))
+    run = arena.fit(stage, [arena.examples(8)])
+    run.save_checkpoint(tmp_path / "sft.ckpt")
+    torch.load(tmp_path / "sft.ckpt", weights_only=True)
+    again = SFT.load_from_checkpoint(tmp_path / "sft.ckpt")
+    assert again.optim == stage.optim
+    torch.testing.assert_close(arena.weights(again), arena.weights(stage), atol=0, rtol=0)
