@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 RecordT = TypeVar("RecordT", bound="Prompts | Examples | Pairs | Rollout")
+_LATER: Any = None  # a field that the record has not gained yet
 
 
 def _to(record: RecordT, device: torch.device | str, non_blocking: bool = False) -> RecordT:
     """Copy of the record with every tensor on ``device`` (Lightning calls this to move a batch)."""
-    moved = {
+    moved: dict[str, Any] = {
         f.name: value.to(device, non_blocking=non_blocking)
         for f in dataclasses.fields(record)
         if isinstance(value := getattr(record, f.name), Tensor)
@@ -135,15 +136,15 @@ class Rollout:
     completions: tuple[str, ...]  # B responses as text, for the rewards and for people; never tokenised again
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     sampler_logprobs: Tensor | None = None  # [B, T] as the sampler reported them
-    old_logprobs: Tensor | None = None  # [B, T] of the policy that is being improved, by the trainer
-    ref_logprobs: Tensor | None = None  # [B, T] of the reference
-    values: Tensor | None = None  # [B, T] of the critic, before any update
-    scores: Tensor | None = None  # [B] from the judges
-    rewards: Tensor | None = None  # [B, T] per token, KL term included
-    advantages: Tensor | None = None  # [B, T]
-    returns: Tensor | None = None  # [B, T]
-    step_tokens: float | None = None  # response tokens of the whole optimizer step, mean over ranks
-    step_rows: float | None = None  # sequences of the whole optimizer step, mean over ranks
+    old_logprobs: Tensor = _LATER  # [B, T] of the policy that is being improved, by the trainer
+    ref_logprobs: Tensor | None = None  # [B, T] of the reference, where there is one
+    values: Tensor = _LATER  # [B, T] of the critic, before any update
+    scores: Tensor = _LATER  # [B] from the judges
+    rewards: Tensor = _LATER  # [B, T] per token, KL term included
+    advantages: Tensor = _LATER  # [B, T]
+    returns: Tensor = _LATER  # [B, T]
+    step_tokens: float = _LATER  # response tokens of the whole optimizer step, mean over ranks
+    step_rows: float = _LATER  # sequences of the whole optimizer step, mean over ranks
 
     to = _to
     with_ = _with

@@ -14,6 +14,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -27,7 +28,11 @@ NO_OPTION = re.compile(
     r"(?P<key>[\w.+-]+?)(?:'|=|\s|$)"
 )
 NOT_SAID = re.compile(
-    r"Does not validate|Subtypes:|Errors:$|Given value type|Given value|Expected a <class 'NoneType'>|Expected a path but"
+    r"Does not validate|Subtypes:|Errors:$|Given value|Expected a <class 'NoneType'>|Expected a path but"
+)
+
+CONFIG_HINT = (
+    "  name a config, for instance --config sft.yaml; lit-rlhf configs lists those that come with the package\n"
 )
 
 
@@ -52,9 +57,8 @@ def problems(message: str) -> list[Problem]:
     """Find the leaves of jsonargparse's explanation, in order, each with its place."""
     found: list[Problem] = []
     branches: list[tuple[int, str, str]] = []  # (indent, key, class)
-    for line in message.splitlines():
-        text = line.strip()
-        bare = text.removeprefix("- ").strip()
+    for line in filter(str.strip, message.splitlines()):
+        bare = line.strip().removeprefix("- ").strip()
         indent = len(line) - len(line.lstrip())
         if bare.startswith("Given value:"):
             given = bare.removeprefix("Given value:").strip()
@@ -97,6 +101,16 @@ def nearest(key: str, known: list[str]) -> str:
     return f"  did you mean {' or '.join(close)}?\n" if close else ""
 
 
+def _plain(text: str) -> str:
+    """Jsonargparse's words for a type, in shorter ones."""
+    text = re.sub(
+        r"Type collections\.abc\.Callable\S* (?:typing\.Any\] )?expects a function or a callable class: ", "", text
+    )
+    text = re.sub(r"Expected a <class '(?:\w+\.)*(\w+)'>", r"expected \1", text)
+    text = re.sub(r"Expected a (?:typing\.)?Literal\[(.+?)\]", r"expected one of \1", text)
+    return text.rstrip(". ")
+
+
 class FriendlyParser(ArgumentParser):
     """jsonargparse's parser with short errors: the key, what is wrong with it, the nearest right one; exit code 2."""
 
@@ -104,24 +118,26 @@ class FriendlyParser(ArgumentParser):
         """Explain what is wrong, and exit."""
         if not self.exit_on_error:  # a parser inside another one: only the outermost speaks
             super().error(message, ex)
-        lines = dict.fromkeys(self._explain(problem) for problem in problems(message))
+        readable = "Problems parsing config" not in message  # the YAML reader's own words have line and column
+        lines = dict.fromkeys(self._explain(problem) for problem in problems(message)) if readable else ()
         sys.stderr.write("".join(lines) or f"error: {message}\n")
         self.exit(2)
 
     def _explain(self, problem: Problem) -> str:
-        wrong = NO_OPTION.search(problem.text)
-        if wrong:
+        key, text = problem.key or "arguments", _plain(problem.text)
+        if wrong := NO_OPTION.search(text):
             return self._unknown(problem, wrong["key"])
-        if missing := re.match(r"the following arguments are required: (.+)", problem.text):
-            keys = [re.sub(r"^\w+\.(?=model$|data$)", "", key.strip()) for key in missing[1].split(",")]
-            return f"error: not given: {', '.join(keys)}\n" + (CONFIG_HINT if {"model", "data"} & {*keys} else "")
-        if problem.key == "config" and "does not exist" in problem.text:
-            name = problem.text.rsplit("/", 1)[-1].rstrip("'")
+        if missing := re.match(r"the following arguments are required: (.+)", text):
+            names = [re.sub(r"^(fit|validate|test|predict)\.", "", name.strip()) for name in missing[1].split(",")]
+            given = ", ".join(f"{problem.key}.{name}" if problem.key else name for name in names)
+            return f"error: not given: {given}\n" + (CONFIG_HINT if {"model", "data"} & {*names} else "")
+        if problem.key == "config" and (name := re.search(r"does not exist: '(.+)'", text)):
             shipped = [path.name for path in config_folder().glob("*.yaml")]
-            return f"error: no config {problem.text.split(': ')[-1]}\n{nearest(name, shipped)}  lit-rlhf configs lists those that come with the package\n"
-        text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", problem.text)
-        value = f", got {problem.value[:100]}" if problem.value else ""
-        return f"error: {problem.key or 'arguments'}: {text.rstrip('.')}{value}\n"
+            return f"error: no config {name[1]}\n{nearest(Path(name[1]).name, shipped)}{CONFIG_HINT}"
+        if unknown := re.search(r"module '([\w.]+)' has no attribute '(\w+)'|dot import path string: (\w+)", text):
+            module, name = importlib.import_module(unknown[1] or "lit_rlhf"), unknown[2] or unknown[3]
+            return f"error: {key}: {module.__name__} has no {name}\n{nearest(name, dir(module))}"
+        return f"error: {key}: {text}{f', got {problem.value[:100]}' if problem.value else ''}\n"
 
     def _unknown(self, problem: Problem, key: str) -> str:
         *groups, last = key.split(".")
@@ -130,7 +146,7 @@ class FriendlyParser(ArgumentParser):
             known = options(problem.owner, groups)
             name = ".".join([problem.owner, *groups])
             return f"error: {place} is no option of {name}\n{nearest(last, known)}  it has: {', '.join(known)}\n"
-        known = [*self._keys()]
+        known = sorted(set(self._keys()))
         sections = sorted({one.split(".")[0] for one in known})
         hint = nearest(key, known) if key.split(".")[0] in sections else nearest(key.split(".")[0], sections)
         return f"error: {place} is no option of {self.prog.removesuffix(' [options]')}\n{hint}"
@@ -141,6 +157,3 @@ class FriendlyParser(ArgumentParser):
         commands = getattr(self, "_subcommands_action", None)
         for parser in set((commands.choices or {}).values()) if commands else ():
             yield from parser._keys()
-
-
-CONFIG_HINT = "  name a config, for instance --config sft.yaml; lit-rlhf configs lists those that come with the package\n"

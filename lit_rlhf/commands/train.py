@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_rlhf.data
 import lit_rlhf.stages  # noqa: F401 - classes that were imported can be named without their module
@@ -34,6 +35,7 @@ SECTIONS: dict[str, type[Callback]] = {
 SECTION_DEFAULTS = {
     "checkpoint.every_n_train_steps": 100,
     "checkpoint.save_last": "link",
+    "checkpoint.filename": "{step}",  # an epoch says little in RL
 }
 # What Lightning says of every run of this kind, true or not, and nobody can act on.
 NOISE = (
@@ -65,6 +67,13 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing, so that the user's config wins over a checkpoint's hyperparameters."""
+
+    def instantiate_classes(self) -> None:
+        """Build stage, data and Trainer; a setting that one of them refuses is the user's to change."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a CSV log, first among the loggers: its folder is the run's."""
@@ -115,6 +124,8 @@ def train(args: list[str]) -> None:
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=42,
         parser_class=TrainParser,
-        auto_configure_optimizers=False,
+        auto_configure_optimizers=False,  # a stage builds its own
+        load_from_checkpoint_support=False,  # a stage saves its arguments itself, as plain values
+        parser_kwargs={"prog": "lit-rlhf"},
         args=resolve_configs(args),
     )

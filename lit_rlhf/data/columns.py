@@ -132,8 +132,8 @@ def first_kind(kinds: Mapping[str, Iterable[str]], columns: Iterable[str], sourc
         if all(column in columns for column in needed):
             return kind
     wanted = "; or ".join(", ".join(needed) for needed in kinds.values())
-    first = next(column for needed in kinds.values() for column in needed if column not in columns)
-    raise DataError(f"{source} has none of the columns looked for ({wanted}){nearest(first, columns)}")
+    missing = [column for needed in kinds.values() for column in needed if column not in columns]
+    raise DataError(f"{source} has none of the columns looked for ({wanted}){nearest(missing, columns)}")
 
 
 def _wrong(column: str, expected: str, value: Any) -> DataError:

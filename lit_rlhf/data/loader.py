@@ -84,11 +84,11 @@ class SeekableLoader(DataLoader[Any]):
     position: Position | None = None
 
     def __iter__(self) -> Any:
-        return super().__iter__() if self.position is None else self._read(self.position)
+        if self.position is None or not isinstance(self.sampler, RankSampler):  # overfit_batches puts another in place
+            return super().__iter__()
+        return self._read(self.position, self.sampler)
 
-    def _read(self, position: Position) -> Iterator[Any]:
-        sampler = self.sampler
-        assert isinstance(sampler, RankSampler)
+    def _read(self, position: Position, sampler: RankSampler) -> Iterator[Any]:
         step = (self.batch_size or 1) * sampler.num_replicas
         position.begin(usable=len(self) * step)
         sampler.epoch, sampler.start = position.epoch, position.rows // sampler.num_replicas
@@ -167,6 +167,7 @@ class SeekableData(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         """Every row once, in order (on several processes the first rows may come twice, so that all get as many)."""
         if not self._val:
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # it is meant
             return []
         rank, world = _rank(self.trainer)
         sampler = RankSampler(len(self._val), rank=rank, world=world, shuffle=False, seed=self._seed)

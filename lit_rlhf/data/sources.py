@@ -131,13 +131,13 @@ def check_columns(rows: Rows, wanted: Iterable[str]) -> None:
     """Raise a DataError that names the nearest columns if one of ``wanted`` is not there."""
     for column in wanted:
         if column not in rows.columns:
-            raise DataError(f'{rows.source} has no column "{column}"{nearest(column, rows.columns)}')
+            raise DataError(f'{rows.source} has no column "{column}"{nearest([column], rows.columns)}')
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Words for an error: what is there, and which of it may have been meant."""
+def nearest(names: Iterable[str], known: Iterable[str]) -> str:
+    """Words for an error: what is there, and which of it may have been meant by names that are not."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    close = dict.fromkeys(match for name in names for match in difflib.get_close_matches(name, known, n=2, cutoff=0.5))
     meant = f"; did you mean {' or '.join(close)}?" if close else "."
     return f"{meant} It has: {', '.join(known)}"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .grammar import ANIMALS, DEEDS, ENDINGS, NAMES, PLACES, TEMPLATES, THINGS, TIMES, TRAITS, Cast, with_article
 from .judge import gold_score
+from .reader import read_prompt
 
 ANSWERS = {"kind": "glad", "mean": "sorry"}
 
@@ -22,7 +23,7 @@ def make_prompts(count: int, seed: int) -> list[str]:
     while len(prompts) < count:
         first, second = (with_article(thing) for thing in rng.sample(THINGS, 2))
         hero, animal = rng.choice(NAMES), rng.choice(ANIMALS)
-        prompts[f"Tell a story about {hero} the {animal} with {first} and {second}.\n"] = None
+        prompts[f"Tell a story about {hero} the {animal} with {first} and {second}."] = None
     return list(prompts)
 
 
@@ -71,11 +72,12 @@ def _fresh(cast: Cast, words: tuple[str, str], rng: random.Random) -> dict[str, 
 
 
 def make_stories(prompts: Iterable[str], seed: int) -> list[dict[str, str]]:
-    """Write one story to each prompt: rows ``prompt``, ``completion``."""
-    from .reader import read_prompt
+    """Write one story to each prompt: rows ``prompt``, ``completion``.
 
+    A completion begins with a space, so that prompt and completion joined read as one text.
+    """
     rng = random.Random(f"stories {seed}")
-    return [{"prompt": prompt, "completion": write_story(*read_prompt(prompt), rng)} for prompt in prompts]
+    return [{"prompt": prompt, "completion": " " + write_story(*read_prompt(prompt), rng)} for prompt in prompts]
 
 
 def label_pairs(prompts: list[str], stories: list[str], seed: int, noise: float = 0.5) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ HE = ("Tom", "Ben", "Max", "Sam", "Leo", "Finn")
 NAMES = SHE + HE
 ANIMALS = ("fox", "cat", "dog", "bear", "frog", "duck", "pig", "wolf")
 TRAITS = ("little", "brave", "shy", "clever", "funny", "quiet")
-TIMES = ("morning", "evening", "winter day", "summer day")
+TIMES = ("morning", "evening", "winter", "summer")
 PLACES = ("river", "forest", "lake", "market", "farm", "beach", "garden", "hill")
 THINGS = ("kite", "drum", "ball", "boat", "book", "hat", "lamp", "bell", "cake", "apple", "egg", "umbrella")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,8 +122,6 @@ def save_adapters(model: Any, folder: str | Path, *, write: bool) -> None:
         folder: where to; must exist.
         write: whether this process writes (all must call when the model is sharded).
     """
-    import copy
-
     from safetensors.torch import save_file
 
     state = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -109,8 +110,6 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int
 
 def _last_logits(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     """Logits [B, count, V] at the last ``count`` positions, by the model's own forward (soft-caps and scales apply)."""
-    import inspect
-
     inputs = read_inputs(model, ids, mask)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ def check_folder(name: str) -> None:
 def hub_errors(name: str, what: str) -> Iterator[None]:
     """Turn the hub's and transformers' long loading errors into one line that names what was asked for."""
     from huggingface_hub.errors import HFValidationError
+    from safetensors import SafetensorError
 
     try:
         yield
@@ -125,6 +127,8 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         place = "in that folder" if Path(name).expanduser().is_dir() else "as a folder here or on the Hugging Face hub"
         raise FileNotFoundError(f"found no {what} named {name!r} {place}: {reason[:300]}") from None
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name} cannot be read ({error}): is the download complete?") from None
 
 
 def _set_dropout(config: Any, probability: float) -> None:
@@ -194,8 +198,6 @@ def read_inputs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -
         ids: [B, L] token ids.
         mask: [B, L] bool, True = a real token.
     """
-    import inspect
-
     inputs = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:  # some (ALiBi, state space) know no positions
         inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)

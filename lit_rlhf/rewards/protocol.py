@@ -89,7 +89,7 @@ def accepted(reward: Reward, name: str, available: dict[str, Any]) -> dict[str, 
     unpacked = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for key, parameter in parameters.items():
         required = parameter.default is inspect.Parameter.empty and parameter.kind not in unpacked
-        if required and not (key in available and parameter.kind in keyword):
+        if required and key not in available:
             raise RewardError(
                 f"reward {name!r} asks for {key!r}, which is no column of the prompts. There are: "
                 f"{', '.join(available)}. Arguments are passed by name"

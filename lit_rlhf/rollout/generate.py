@@ -48,17 +48,22 @@ class _Record:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the random streams of the CPU and of ``device``; put both back where they were afterwards."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
-            yield
-        return
-    index = device.index if device.index is not None else 0
-    with torch.random.fork_rng(devices=[index], device_type=device.type):
+    """Seed the random streams of the CPU and of ``device``; put both back where they were afterwards.
+
+    ``torch.random.fork_rng`` would do for CUDA, but not for Apple's mps.
+    """
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    with torch.accelerator.device_index(device.index if accelerator else None):
+        before = torch.get_rng_state(), accelerator.get_rng_state() if accelerator else None
         torch.random.default_generator.manual_seed(seed)
-        torch.get_device_module(device).manual_seed(seed)
-        yield
+        if accelerator:
+            accelerator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before[0])
+            if accelerator:
+                accelerator.set_rng_state(before[1])
 
 
 @contextmanager
@@ -169,9 +174,7 @@ def _to_rollout(prompts: Prompts, drawn: Tensor, record: _Record, stops: tuple[i
     length = torch.where(ended, is_stop.int().argmax(dim=1) + 1, response.shape[1])
     mask = torch.arange(response.shape[1], device=response.device) < length[:, None]
     response = response.masked_fill(~mask, tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(
-        [row[:n].tolist() for row, n in zip(response, length.tolist(), strict=True)], skip_special_tokens=True
-    )
+    texts = _continuations(tokenizer, prompts, [row[:n] for row, n in zip(response, length.tolist(), strict=True)])
     return Rollout(
         prompt_ids=prompts.ids,
         prompt_mask=prompts.mask,
@@ -183,3 +186,20 @@ def _to_rollout(prompts: Prompts, drawn: Tensor, record: _Record, stops: tuple[i
         columns=prompts.columns,
         sampler_logprobs=torch.cat(record.noted, dim=1).masked_fill(~mask, 0.0),
     )
+
+
+def _continuations(tokenizer: Any, prompts: Prompts, responses: list[Tensor]) -> list[str]:
+    """Text of each response as it goes on from its prompt.
+
+    Decoded alone, a response loses the blank it begins with under many tokenizers, and prompt + completion would run
+    two words into one.
+    """
+    heads = [ids[mask] for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+    before = tokenizer.batch_decode(heads, skip_special_tokens=True)
+    joined = [torch.cat([head, response]) for head, response in zip(heads, responses, strict=True)]
+    whole = tokenizer.batch_decode(joined, skip_special_tokens=True)
+    alone = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        text[len(head) :] if text.startswith(head) else response
+        for head, text, response in zip(before, whole, alone, strict=True)
+    ]

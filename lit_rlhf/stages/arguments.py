@@ -39,7 +39,8 @@ def remember(module: LightningModule, arguments: dict[str, Any]) -> None:
         arguments: ``locals()`` of its constructor.
     """
     kept = {key: _plain(value) for key, value in arguments.items() if key != "self" and not key.startswith("__")}
-    module.save_hyperparameters({key: value for key, value in kept.items() if value is not _DROP})
+    stage = f"{type(module).__module__}.{type(module).__qualname__}"  # so that a checkpoint says what made it
+    module.save_hyperparameters({"_class_path": stage, **{key: v for key, v in kept.items() if v is not _DROP}})
 
 
 def revive(group: type[GroupT], value: GroupT | dict[str, Any]) -> GroupT:
@@ -54,9 +55,11 @@ def revive(group: type[GroupT], value: GroupT | dict[str, Any]) -> GroupT:
     hints = typing.get_type_hints(group)
     fields = {}
     for name, item in value.items():
-        inner = [
-            hint for hint in (hints[name], *typing.get_args(hints[name])) if isinstance(hint, type)
-        ] if name in hints else []
+        inner = (
+            [hint for hint in (hints[name], *typing.get_args(hints[name])) if isinstance(hint, type)]
+            if name in hints
+            else []
+        )
         nested = next((hint for hint in inner if dataclasses.is_dataclass(hint)), None)
         fields[name] = revive(nested, item) if nested and isinstance(item, dict) else item
     return group(**fields)

@@ -8,13 +8,22 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models import Dtype, Network, Reference, evaluating, load_causal, load_tokenizer, save_folder, token_logprobs
+from lit_rlhf.models import (
+    Dtype,
+    Network,
+    Reference,
+    evaluating,
+    load_causal,
+    load_tokenizer,
+    save_folder,
+    token_logprobs,
+)
 from lit_rlhf.objectives import aggregate, clipped_policy_loss, group_advantages, kl_estimate, masked_mean
 from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import GenerateSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.inner_loop import InnerLoop
-from lit_rlhf.stages.measure import group_metrics, judge_held_out, response_metrics, reward_metrics, sequence_kl
+from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, response_metrics, reward_metrics, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
 
 
@@ -55,13 +64,13 @@ class GRPO(InnerLoop):
         model: str,
         rewards: list[Reward],
         tokenizer: str | None = None,
-        network: Network = Network(),  # noqa: B008
+        network: Network = Network(),
         frozen_dtype: Dtype = "float32",
         reward_weights: list[float] | None = None,
         missing_eos: MissingEOS | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008
+        sampling: Sampling = Sampling(),
         sampler: Sampler | None = None,
-        optim: Optim = Optim(lr=1e-6),  # noqa: B008
+        optim: Optim = Optim(lr=1e-6),
         group_size: int = 8,
         advantage_scale: Literal["group", "batch", "none"] = "group",
         epochs: int = 1,
@@ -116,7 +125,9 @@ class GRPO(InnerLoop):
             old = self.read(rollout, lambda part: token_logprobs(self.policy, part, temperature=temperature))
             ref, reference = None, self.reference
             if reference is not None:
-                ref = self.read(rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature))
+                ref = self.read(
+                    rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature)
+                )
         rollout = rollout.with_(scores=scores, old_logprobs=old, ref_logprobs=ref)
         self.rollout_metrics |= reward_metrics(parts) | response_metrics(rollout)
         return rollout
@@ -164,6 +175,12 @@ class GRPO(InnerLoop):
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         """Score greedy and sampled answers to held-out prompts."""
         judge_held_out(self, batch, batch_idx)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """Answer prompts by sampling."""
+        return answer(self, batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         """One AdamW over the policy."""

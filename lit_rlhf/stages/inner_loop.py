@@ -40,6 +40,9 @@ class InnerLoop(LightningModule):
     policy: Any
     tokenizer: Any
     rewards: Rewards
+    episodes: Tensor
+    tokens: Tensor
+    update_count: Tensor
 
     def __init__(
         self, epochs: int, minibatches: int, micro_batch_size: int | None, target_kl: float | None, seed: int
@@ -118,6 +121,7 @@ class InnerLoop(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Step once a planned minibatch; log once; free the gradients before the next generation."""
+        assert optimizer_closure is not None
         self._closure, started = optimizer_closure, time.perf_counter()
         for step in range(len(self.updates.steps)):
             self.updates.step, self.updates.micro = step, 0
@@ -137,7 +141,7 @@ class InnerLoop(LightningModule):
         for micro in range(last + 1):
             self._zero_grad = micro == 0
             with self._gradient_sync(micro == last):
-                loss = self._closure()
+                loss = self._closure()  # Lightning's: training_step, zero_grad, backward
         return loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -149,9 +153,6 @@ class InnerLoop(LightningModule):
     def _gradient_sync(self, on: bool) -> Iterator[None]:
         """Average gradients over ranks with the last microbatch only."""
         wrapped = self.trainer.strategy.model
-        for module in self.modules():
-            if hasattr(module, "set_requires_gradient_sync"):
-                module.set_requires_gradient_sync(on, recurse=False)
         if not on and isinstance(wrapped, DistributedDataParallel):
             with wrapped.no_sync():
                 yield
@@ -170,7 +171,7 @@ class InnerLoop(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each named group (policy, critic) by its own norm: the critic's gradient must not shrink the policy's."""
+        """Clip policy and critic each by its own norm: the critic's gradient must not shrink the policy's."""
         for group in optimizer.param_groups:
             limit = gradient_clip_val or float("inf")
             if gradient_clip_algorithm == "value":

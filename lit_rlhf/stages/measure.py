@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from lit_rlhf.stages.seeds import seed_for
 if TYPE_CHECKING:
     from lit_rlhf.stages.grpo import GRPO
     from lit_rlhf.stages.ppo import PPO
+    from lit_rlhf.stages.sft import SFT
 
 SHOWN = 8  # texts kept of a validation, per mode
 
@@ -67,7 +68,7 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judge_held_out(stage: PPO | GRPO, prompts: Prompts, batch_idx: int) -> None:
-    """Answer held-out prompts greedily and by sampling; log scores, KL and length; keep a few texts in ``stage.samples``.
+    """Answer held-out prompts greedily and by sampling; log scores, KL and length; keep a few texts.
 
     The seed depends on the batch only, so that every validation of a run draws from the same random numbers.
 
@@ -76,22 +77,35 @@ def judge_held_out(stage: PPO | GRPO, prompts: Prompts, batch_idx: int) -> None:
         prompts: one held-out batch.
         batch_idx: its number.
     """
+    to = "test" if stage.trainer.testing else "val"
     greedy = dataclasses.replace(stage.sampling, temperature=0.0)
     for mode, sampling in (("greedy", greedy), ("sampled", stage.sampling)):
         seed = seed_for(stage.seed, "validation", batch_idx, stage.global_rank)
         rollout = stage.sampler(stage.policy, stage.tokenizer, prompts, sampling, seed=seed)
         scores, parts = stage.rewards(rollout)
-        metrics = {f"val/score_{mode}": scores.mean(), f"val/eos_fraction_{mode}": rollout.ended.float().mean()}
-        metrics |= reward_metrics(parts, f"val/rewards_{mode}/")
-        metrics[f"val/length_{mode}"] = rollout.lengths.float().mean()
+        metrics = {f"{to}/score_{mode}": scores.mean(), f"{to}/eos_fraction_{mode}": rollout.ended.float().mean()}
+        metrics |= reward_metrics(parts, f"{to}/rewards_{mode}/")
+        metrics[f"{to}/length_{mode}"] = rollout.lengths.float().mean()
         if mode == "sampled" and stage.reference is not None:
             with evaluating(stage.policy):
                 logprobs = token_logprobs(stage.policy, rollout, temperature=sampling.temperature)
             ref_logprobs = stage.reference.token_logprobs(stage.policy, rollout, temperature=sampling.temperature)
-            metrics["val/kl"] = sequence_kl(logprobs, ref_logprobs, rollout.mask)
+            metrics[f"{to}/kl"] = sequence_kl(logprobs, ref_logprobs, rollout.mask)
         stage.log_dict(metrics, on_epoch=True, batch_size=len(prompts), sync_dist=True)
         if batch_idx == 0:
             shown = zip(rollout.prompts[:SHOWN], rollout.completions, scores.tolist(), strict=False)
             stage.samples += [
                 {"step": stage.global_step, "mode": mode, "prompt": p, "completion": c, "score": s} for p, c, s in shown
             ]
+
+
+@torch.no_grad()
+def answer(stage: SFT | PPO | GRPO, prompts: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+    """Answer prompts by sampling: one dict each of prompt, completion and whether it ended, and the other columns."""
+    seed = seed_for(stage.seed, "validation", batch_idx, stage.global_rank)
+    rollout = stage.sampler(stage.policy, stage.tokenizer, prompts, stage.sampling, seed=seed)
+    rows = zip(rollout.prompts, rollout.completions, rollout.ended.tolist(), strict=True)
+    return [
+        {**{key: column[i] for key, column in rollout.columns.items()}, "prompt": p, "completion": c, "ended": e}
+        for i, (p, c, e) in enumerate(rows)
+    ]

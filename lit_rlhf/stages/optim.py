@@ -95,7 +95,7 @@ def configure(module: LightningModule, groups: Mapping[str, tuple[Iterable[Param
 
 
 def divide_gradients(optimizer: torch.optim.Optimizer, count: float) -> None:
-    """Divide every gradient by ``count``: turns the gradient of a sum over a whole optimizer step into that of its mean.
+    """Divide every gradient by ``count``: the gradient of a step's sum becomes that of its mean.
 
     Args:
         optimizer: its parameter groups hold the gradients.

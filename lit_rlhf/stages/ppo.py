@@ -36,7 +36,7 @@ from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import GenerateSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.inner_loop import InnerLoop
-from lit_rlhf.stages.measure import judge_held_out, response_metrics, reward_metrics, sequence_kl
+from lit_rlhf.stages.measure import answer, judge_held_out, response_metrics, reward_metrics, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
 
 
@@ -76,19 +76,21 @@ class PPO(InnerLoop):
         seed: of sampling and shuffling; every draw is a pure function of it and of the rollout's number.
     """
 
+    kl_coef: Tensor
+
     def __init__(
         self,
         model: str,
         rewards: list[Reward],
         critic: str | None = None,
         tokenizer: str | None = None,
-        network: Network = Network(),  # noqa: B008
+        network: Network = Network(),
         frozen_dtype: Dtype = "float32",
         reward_weights: list[float] | None = None,
         missing_eos: MissingEOS | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008
+        sampling: Sampling = Sampling(),
         sampler: Sampler | None = None,
-        optim: Optim = Optim(lr=3e-6, eps=1e-5),  # noqa: B008
+        optim: Optim = Optim(lr=3e-6, eps=1e-5),
         critic_lr: float | None = None,
         epochs: int = 4,
         minibatches: int = 1,
@@ -150,7 +152,9 @@ class PPO(InnerLoop):
             old = self.read(rollout, lambda part: token_logprobs(self.policy, part, temperature=temperature))
             ref, reference = None, self.reference
             if reference is not None:
-                ref = self.read(rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature))
+                ref = self.read(
+                    rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature)
+                )
             values = self.read(rollout, lambda part: response_values(self.critic, part))
         rollout = rollout.with_(scores=scores, old_logprobs=old, ref_logprobs=ref, values=values)
         self.rollout_metrics |= reward_metrics(parts) | response_metrics(rollout)
@@ -159,8 +163,9 @@ class PPO(InnerLoop):
     @torch.no_grad()
     def assess(self, rollout: Rollout) -> Rollout:
         """Turn scores into per-token rewards (− β·KL, the score on the last token), advantages and returns."""
-        mask, old, ref = rollout.mask, rollout.old_logprobs, rollout.ref_logprobs
-        kl = kl_estimate(old, old if ref is None else ref, "k1")
+        mask, old = rollout.mask, rollout.old_logprobs
+        ref = old if rollout.ref_logprobs is None else rollout.ref_logprobs  # no reference: no penalty
+        kl = kl_estimate(old, ref, "k1")
         beta = float(self.kl_coef)
         rewards = token_rewards(rollout.scores, kl, mask, kl_coef=beta)
         if self.whiten_rewards:
@@ -168,7 +173,7 @@ class PPO(InnerLoop):
         advantages, returns = generalized_advantages(rewards, rollout.values, mask, gamma=self.gamma, lam=self.lam)
         advantages = masked_whiten(advantages, mask)
 
-        sequence = sequence_kl(old, old if ref is None else ref, mask)
+        sequence = sequence_kl(old, ref, mask)
         self.rollout_metrics |= {
             "objective/scores": rollout.scores.mean(),
             "objective/kl": sequence,
@@ -185,7 +190,7 @@ class PPO(InnerLoop):
         return rollout.with_(rewards=rewards, advantages=advantages, returns=returns)
 
     def loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = L_policy + c_v·L_value − c_e·H, a token mean over the whole optimizer step (Schulman et al. 2017, eq. 9)."""
+        """L = L_policy + c_v·L_value − c_e·H, a token mean over the optimizer step (Schulman et al. 2017, eq. 9)."""
         mask = part.mask
         metrics: dict[str, Tensor] = {}
         entropy = torch.zeros_like(part.advantages)
@@ -215,6 +220,12 @@ class PPO(InnerLoop):
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         """Score greedy and sampled answers to held-out prompts."""
         judge_held_out(self, batch, batch_idx)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """Answer prompts by sampling."""
+        return answer(self, batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         """One AdamW with a group each for policy and critic."""

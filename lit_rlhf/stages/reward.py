@@ -18,7 +18,7 @@ from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 
 
 class RewardModeling(LightningModule):
-    """Minimise −log σ(r_better − r_worse − margin) over comparisons (Stiennon et al. 2020, §3.4; Ouyang et al. 2022, eq. 1).
+    """Minimise −log σ(r_better − r_worse − margin) over comparisons (Ouyang et al. 2022, eq. 1).
 
     Each prompt weighs the same however many of its responses were compared, and the mean is over all prompts of an
     optimizer step, whatever ``accumulate_grad_batches`` and the number of processes.
@@ -33,12 +33,16 @@ class RewardModeling(LightningModule):
         seed: of the new head.
     """
 
+    score_mean: Tensor
+    score_std: Tensor
+    score_count: Tensor
+
     def __init__(
         self,
         model: str,
         tokenizer: str | None = None,
-        network: Network = Network(),  # noqa: B008
-        optim: Optim = Optim(),  # noqa: B008
+        network: Network = Network(),
+        optim: Optim = Optim(),
         margin: bool = True,
         center: float = 0.0,
         seed: int = 0,
@@ -102,17 +106,25 @@ class RewardModeling(LightningModule):
         self.score_mean.copy_(scores.mean())
         self.score_std.copy_(scores.std(correction=0))
         self.score_count.fill_(scores.numel())
+        to = "test" if self.trainer.testing else "val"
         self.log_dict(
             {
-                "val/loss": self.val_loss.compute(),
-                "val/accuracy": self.val_accuracy.compute(),
-                "val/calibration_error": self.val_calibration.compute(),
-                "val/score_mean": self.score_mean,
-                "val/score_std": self.score_std,
+                f"{to}/loss": self.val_loss.compute(),
+                f"{to}/accuracy": self.val_accuracy.compute(),
+                f"{to}/calibration_error": self.val_calibration.compute(),
+                f"{to}/score_mean": self.score_mean,
+                f"{to}/score_std": self.score_std,
             }
         )
         for metric in (self.val_loss, self.val_accuracy, self.val_calibration, self.val_scores):
             metric.reset()
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+
+    def predict_step(self, batch: Pairs, batch_idx: int) -> list[dict[str, float]]:
+        """Score each comparison's two responses."""
+        _, better, worse = self.compare(batch)
+        return [{"better": b, "worse": w} for b, w in zip(better.tolist(), worse.tolist(), strict=True)]
 
     def configure_optimizers(self) -> Any:
         """One AdamW over the reward model."""

@@ -15,6 +15,7 @@ from lit_rlhf.models import Network, keep_adapters_only, load_causal, load_token
 from lit_rlhf.objectives import next_token_loss
 from lit_rlhf.rollout import GenerateSampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.measure import answer
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.seeds import seed_for
 
@@ -35,13 +36,15 @@ class SFT(LightningModule):
         seed: of those samples.
     """
 
+    tokens: Tensor
+
     def __init__(
         self,
         model: str,
         tokenizer: str | None = None,
-        network: Network = Network(),  # noqa: B008
-        optim: Optim = Optim(),  # noqa: B008
-        sampling: Sampling = Sampling(max_new_tokens=64),  # noqa: B008
+        network: Network = Network(),
+        optim: Optim = Optim(),
+        sampling: Sampling = Sampling(max_new_tokens=64),
         sample_prompts: int = 4,
         seed: int = 0,
     ) -> None:
@@ -52,6 +55,7 @@ class SFT(LightningModule):
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
         keep_adapters_only(self, ["policy"])
+        self.sampler = GenerateSampler()
         self.sample_prompts, self.seed = sample_prompts, seed
         self.samples: list[dict[str, Any]] = []
         self.step_tokens = 0.0
@@ -100,10 +104,9 @@ class SFT(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the token-weighted means of the whole held-out set."""
-        loss = self.val_loss.compute()
-        self.log_dict(
-            {"val/loss": loss, "val/perplexity": loss.exp(), "val/token_accuracy": self.val_accuracy.compute()}
-        )
+        loss, to = self.val_loss.compute(), "test" if self.trainer.testing else "val"
+        accuracy = self.val_accuracy.compute()
+        self.log_dict({f"{to}/loss": loss, f"{to}/perplexity": loss.exp(), f"{to}/token_accuracy": accuracy})
         self.val_loss.reset()
         self.val_accuracy.reset()
 
@@ -124,11 +127,21 @@ class SFT(LightningModule):
         prompts = Prompts(ids, mask, texts)
         for mode, temperature in (("greedy", 0.0), ("sampled", self.sampling.temperature)):
             sampling = dataclasses.replace(self.sampling, temperature=temperature)
-            rollout = GenerateSampler()(self.policy, self.tokenizer, prompts, sampling, seed=seed)
+            rollout = self.sampler(self.policy, self.tokenizer, prompts, sampling, seed=seed)
             self.samples += [
                 {"step": self.global_step, "mode": mode, "prompt": prompt, "completion": text, "score": None}
                 for prompt, text in zip(texts, rollout.completions, strict=True)
             ]
+
+    test_step, on_test_epoch_start, on_test_epoch_end = (
+        validation_step,
+        on_validation_epoch_start,
+        on_validation_epoch_end,
+    )
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """Continue prompts (served by ``PromptData``) by sampling."""
+        return answer(self, batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         """One AdamW over the policy."""

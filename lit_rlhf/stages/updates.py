@@ -93,4 +93,4 @@ class Updates:
         """Token-weighted means over all microbatches so far, or over those of one optimizer step."""
         chosen = [(weight, metrics) for s, weight, metrics in self.metrics if step in (None, s)]
         total = max(sum(weight for weight, _ in chosen), 1.0)
-        return {key: sum(weight * metrics[key] for weight, metrics in chosen) / total for key in chosen[0][1]}
+        return {key: torch.stack([w * metrics[key] for w, metrics in chosen]).sum() / total for key in chosen[0][1]}

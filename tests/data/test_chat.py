@@ -116,13 +116,13 @@ def test_a_template_that_rewrites_the_opening_still_shows_where_the_answer_is(to
 @pytest.mark.parametrize("learn", ["completion", "assistant"])
 def test_a_template_that_hides_the_answer_is_refused(tokenizer, learn):
     tokenizer.chat_template = SHOUTING
-    with pytest.raises(ValueError, match="changes the assistant's words.*generation"):
+    with pytest.raises(ValueError, match=r"changes the assistant's words.*generation"):
         chat.encode_example(tokenizer, messages=TALK, learn=learn)
 
 
 def test_markers_that_enclose_nothing_are_an_error_that_says_so(tokenizer):
     tokenizer.chat_template = MARKED.replace("{{ m['content'] }}{% endgeneration %}", "{% endgeneration %}.")
-    with pytest.raises(ValueError, match="no token of it would be learned.*markers"):
+    with pytest.raises(ValueError, match=r"no token of it would be learned.*markers"):
         chat.encode_example(tokenizer, messages=TALK, learn="assistant")
 
 

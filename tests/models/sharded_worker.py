@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from lit_rlhf.batch import Prompts
 from lit_rlhf.models import (
@@ -64,6 +65,7 @@ def work(folder: str, out: Path, lora: bool, mesh: DeviceMesh | None, rank: int)
     saved = load_file(out / "model.safetensors")
     stage = nn.ModuleDict({"policy": policy, "critic": critic, "outside": nn.Linear(2, 1, bias=False)})
     return {
+        "shards": [name for name, module in policy.named_modules() if isinstance(module, FSDPModule)],
         "unsharded": unsharded_trainables(stage),
         "held": [held_after_sampling, held_after_scoring],
         "responses": rollout.response_ids,

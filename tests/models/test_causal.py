@@ -115,7 +115,16 @@ def test_soft_capped_logits_stay_soft_capped():
 
 @torch.no_grad()
 def test_bfloat16_models_give_float32_logprobs(model):
-    assert token_logprobs(model.to(torch.bfloat16), rollout_of(ROWS)).dtype == torch.float32
+    model.to(torch.bfloat16)
+    prompt, response = ROWS[0]
+    ids = torch.tensor([prompt + response])
+    logits = model(ids).logits[0, :-1].float()
+    found = token_logprobs(model, rollout_of(ROWS[:1]), temperature=0.7)[0]
+    expected = (logits[2:] / 0.7).log_softmax(-1).gather(1, ids[0, 3:, None])[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    found, _ = next_token_logprobs(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -67,7 +68,10 @@ def test_an_adapter_folder_loads_with_peft(make, tokenizer, tmp_path):
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's own use
         loaded = peft.PeftModel.from_pretrained(make(), tmp_path / "adapters")
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
-    assert json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    keys = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    assert all(key.startswith("base_model.model.") and key.endswith(("lora_A.weight", "lora_B.weight")) for key in keys)
 
 
 def test_saving_and_loading_are_silent(model_folder, tokenizer, tmp_path, capfd):
@@ -173,13 +177,14 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_causal, load_scalar, load_tokenizer])
-@pytest.mark.parametrize("name", ["./not/here", "/not/here", "nobody/nothing", "nothing"])
+@pytest.mark.parametrize("name", ["./nothere", "/not/here", "not/here/at/all", "nobody/nothing", "nothing"])
 def test_what_is_not_there_is_named_in_a_short_error(load, name):
     with pytest.raises(FileNotFoundError) as error:
         load(name)
     assert name in str(error.value)
     assert len(str(error.value)) < 400
     assert "\n" not in str(error.value)
+    assert ("no such" in str(error.value)) == name.startswith((".", "/", "not/"))  # never asked of the hub
 
 
 def test_folders_that_are_no_models_say_why(model_folder, tokenizer, tmp_path):
@@ -192,6 +197,9 @@ def test_folders_that_are_no_models_say_why(model_folder, tokenizer, tmp_path):
         load_causal(str(tmp_path))
     torch.save(tiny.tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"only as \.bin"):
+        load_causal(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="is the download complete"):
         load_causal(str(tmp_path))
     save_folder(load_causal(model_folder, Network(lora=Lora(r=2))), tokenizer, tmp_path / "a", merge=False)
     with pytest.raises(ValueError, match="only adapters"):
@@ -218,3 +226,7 @@ def test_code_in_a_model_folder_runs_only_when_asked(model_folder, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_causal(str(tmp_path))
     assert type(load_causal(str(tmp_path), Network(trust_remote_code=True))).__name__ == "Own"
+    config["model_type"] = "llama"  # a known kind with code beside it: the code is left alone
+    del config["auto_map"]["AutoConfig"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert type(load_causal(str(tmp_path))).__name__ == "LlamaForCausalLM"

@@ -57,6 +57,11 @@ def test_adapters_come_back_after_an_error_and_nested_contexts(model_folder):
     with pytest.raises(RuntimeError, match="inside"), adapters_off(model), adapters_off(model):
         raise RuntimeError("inside")
     assert torch.equal(model(IDS).logits, expected)
+    with adapters_off(model):
+        base = model(IDS).logits
+        with adapters_off(model):
+            pass
+        assert torch.equal(model(IDS).logits, base)  # the inner context does not switch on what the outer holds off
 
 
 def test_gradients_survive_a_reference_pass_between_forward_and_backward(model_folder):

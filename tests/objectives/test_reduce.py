@@ -72,6 +72,7 @@ def test_a_denominator_from_outside_divides_the_sum(how: str) -> None:
     close(aggregate(losses, mask, how, 5.0), total / 5)
     close(aggregate(losses, mask, how, torch.tensor(5)), total / 5)
     close(aggregate(losses, mask, how, 0.5), total / 0.5)
+    close(aggregate(losses, mask, how, torch.tensor(0.5)), total / 0.5)
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -174,9 +174,14 @@ def test_any_kind_of_number_will_do(result: Any) -> None:
     assert Rewards([returning(result)])(rollout())[0].tolist() == [1.0, 0.5]
 
 
-def test_no_gradient_leaves_a_reward() -> None:
+def test_no_gradient_is_recorded_and_none_leaves_a_reward() -> None:
     weight = torch.ones(2, requires_grad=True)
-    scores, parts = Rewards([Marks(weight * 2), lambda completions: weight])(rollout())
+
+    def judge(completions):
+        assert not torch.is_grad_enabled()
+        return weight
+
+    scores, parts = Rewards([Marks(weight * 2), judge])(rollout())
     assert not scores.requires_grad
     assert not any(part.requires_grad for part in parts.values())
 
@@ -355,8 +360,13 @@ def test_ctrl_c_while_waiting_stops_the_requests() -> None:
         finally:
             cancelled.set()
 
-    with pytest.raises(KeyboardInterrupt):
-        Rewards([judge])(rollout())
+    # A job in a shell's background is started with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Rewards([judge])(rollout())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert cancelled.wait(5)
 
 

@@ -125,13 +125,13 @@ def test_resume_continues_bit_for_bit_and_the_checkpoint_holds_no_frozen_weights
     batches = [arena.prompts(4, seed=i) for i in range(4)]
     knobs = {"epochs": 2, "minibatches": 2, "network": Network(lora=lora), "optim": Optim(lr=1e-3, schedule="linear")}
 
-    def keep(folder):
-        return ModelCheckpoint(dirpath=tmp_path / folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    def keep():
+        return ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
 
     log, whole = arena.Log(), build(model_folder, **knobs)
-    arena.fit(whole, batches, callbacks=[keep("whole"), log], enable_checkpointing=True, max_steps=4)
+    arena.fit(whole, batches, callbacks=[keep(), log], enable_checkpointing=True, max_steps=4)
 
-    state = torch.load(tmp_path / "whole/step=2.ckpt", weights_only=True)
+    state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
     assert state["hyper_parameters"]["epochs"] == 2
     assert not [key for key in state["state_dict"] if key.startswith(("reference.", "rewards."))]
     if lora:
@@ -140,8 +140,8 @@ def test_resume_continues_bit_for_bit_and_the_checkpoint_holds_no_frozen_weights
     # A plain loader has no position of its own: the resumed run is given what is left first, as the DataModule would.
     resumed, again = build(model_folder, **knobs), arena.Log()
     left_first, settings = batches[2:] + batches[:2], {"enable_checkpointing": True, "max_steps": 4}
-    path = str(tmp_path / "whole/step=2.ckpt")
-    arena.fit(resumed, left_first, callbacks=[keep("resumed"), again], ckpt_path=path, **settings)
+    path = str(tmp_path / "step=2.ckpt")
+    arena.fit(resumed, left_first, callbacks=[keep(), again], ckpt_path=path, **settings)
     torch.testing.assert_close(arena.weights(resumed), arena.weights(whole), rtol=0, atol=0)
     timeless = [key for key in log.rows[-1] if not key.startswith(("time/", "throughput/"))]
     assert {k: again.rows[-1][k] for k in timeless} == {k: log.rows[-1][k] for k in timeless}

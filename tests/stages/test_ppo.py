@@ -34,7 +34,10 @@ def test_the_record_holds_what_each_role_said(model_folder):
         torch.testing.assert_close(rollout.old_logprobs, token_logprobs(policy, rollout), atol=1e-5, rtol=0)
         torch.testing.assert_close(rollout.values, response_values(critic, rollout), atol=1e-5, rtol=0)
     torch.testing.assert_close(rollout.ref_logprobs, rollout.old_logprobs, atol=1e-5, rtol=0)
-    expected = [sum(i < 128 for i in row[:n]) / n for row, n in zip(rollout.response_ids.tolist(), rollout.lengths.tolist())]
+    expected = [
+        sum(i < 128 for i in row[:length]) / length
+        for row, length in zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)
+    ]
     assert rollout.scores.tolist() == pytest.approx(expected)
     last = rollout.lengths - 1
     assert torch.allclose(rollout.rewards.gather(1, last[:, None])[:, 0], rollout.scores, atol=1e-5)  # KL is 0 here

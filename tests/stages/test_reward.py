@@ -31,7 +31,9 @@ def test_loss_is_bradley_terry_by_hand(model_folder):
     by_hand = [math.log(1 + math.exp(scores[2 * i + 1] - scores[2 * i])) for i in range(3)]
     arena.fit(stage, [batch], callbacks=[log])
     assert log.rows[0]["loss"] == pytest.approx(sum(by_hand) / 3, rel=1e-5)
-    assert log.rows[0]["margin"] == pytest.approx(sum(scores[2 * i] - scores[2 * i + 1] for i in range(3)) / 3, rel=1e-4)
+    assert log.rows[0]["margin"] == pytest.approx(
+        sum(scores[2 * i] - scores[2 * i + 1] for i in range(3)) / 3, rel=1e-4
+    )
 
 
 def test_every_prompt_weighs_the_same_however_many_comparisons_it_has(model_folder):

@@ -73,7 +73,9 @@ def test_what_stands_outside_the_loss_mask_is_not_learned(model_folder):
 def test_validation_is_token_weighted_and_shows_samples(model_folder):
     stage, held_out = sft(model_folder, sample_prompts=2), arena.examples(6, seed=3)
     run = arena.trainer()
-    metrics = run.validate(stage, arena.loader([rows(held_out, slice(0, 1)), rows(held_out, slice(1, 6))]), verbose=False)
+    metrics = run.validate(
+        stage, arena.loader([rows(held_out, slice(0, 1)), rows(held_out, slice(1, 6))]), verbose=False
+    )
     assert metrics[0]["val/loss"] == pytest.approx(float(naive_loss(model_folder, held_out)), rel=1e-5)
     assert metrics[0]["val/perplexity"] == pytest.approx(math.exp(metrics[0]["val/loss"]), rel=1e-5)
     assert [sample["mode"] for sample in stage.samples] == ["greedy", "sampled"]  # the first batch has one row

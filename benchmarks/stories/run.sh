@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# One step of the study on stories, through the installed command line:
+#
+#   bash benchmarks/stories/run.sh DATA OUT MODEL STEP [SEED]
+#
+# DATA holds models/{stories260K,stories15M} and sft/tinystories_{train,val}.jsonl.gz. MODEL is one of the two.
+# STEP: prompts, before, sft, after, pairs, reward, ppo, words, grpo; `all` makes them all for SEED.
+# Results land in OUT/MODEL/STEP (RL: STEP_SEED); benchmarks/stories/report.py reads them.
+set -euo pipefail
+data=$1 out=$2/$3 base=$1/models/$3 name=$3 step=$4 seed=${5:-0}
+here=$(cd "$(dirname "$0")" && pwd)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+mkdir -p "$out"
+
+case $name in
+  # Context, response length (about fifty words either way), and learning rates by size.
+  stories260K) context=512 tokens=96 sft_lr=5e-4 reward_lr=1e-3 rl_lr=2e-4 batch=64 groups=8 steps=30 ;;
+  stories15M) context=256 tokens=64 sft_lr=1e-4 reward_lr=1e-4 rl_lr=3e-5 batch=32 groups=4 steps=20 ;;
+  *) echo "MODEL is $name; expected stories260K or stories15M" >&2; exit 2 ;;
+esac
+model='{"class_path": "lit_rlhf.rewards.RewardModel", "init_args": {"model": "'$out/reward/model'", "normalize": true}}'
+gold='{"class_path": "lit_rlhf.rewards.VaderSentiment", "init_args": {"name": "gold"}}'
+words='{"class_path": "lit_rlhf.rewards.ContainsWords", "init_args": {"name": "words"}}'
+stories="--data.train $data/sft/tinystories_train.jsonl.gz --data.val $data/sft/tinystories_val.jsonl.gz"
+rl="--model.model $out/sft/model --data.train $out/train.jsonl --data.val $out/val.jsonl --model.optim.lr $rl_lr"
+rl="$rl --model.sampling.max_new_tokens $tokens --model.seed $seed --seed_everything $seed"
+rl="$rl --trainer.max_steps $steps --progress.refresh_rate 0 --trainer.default_root_dir $out/${step}_$seed --export.folder $out/${step}_$seed/model"
+
+ending() { # does the model end its stories? from the first words, to the end of its context
+  lit-rlhf generate --model "$1" --prompts "$out/val.jsonl" --limit 64 --batch_size 64 --output "$2" \
+    --sampling.max_new_tokens $((context - 48)) --sampling.stop_ids '[2]'
+}
+
+case $step in
+  prompts)
+    python "$here/prepare.py" "$data/sft/tinystories_train.jsonl.gz" "$out/train.jsonl"
+    python "$here/prepare.py" "$data/sft/tinystories_val.jsonl.gz" "$out/val.jsonl" ;;
+  before)
+    lit-rlhf validate --config "$here/sft.yaml" --model.model "$base" $stories --data.max_length $context \
+      --data.val_limit 200 --trainer.default_root_dir "$out/before"
+    ending "$base" "$out/before/endings.jsonl" ;;
+  sft)
+    lit-rlhf fit --config "$here/sft.yaml" --model.model "$base" $stories --data.max_length $context \
+      --data.val_limit 200 --model.optim.lr $sft_lr --trainer.default_root_dir "$out/sft" --export.folder "$out/sft/model" ;;
+  after)
+    ending "$out/sft/model" "$out/sft/endings.jsonl" ;;
+  pairs)
+    lit-rlhf pairs --policy "$out/sft/model" --prompts "$out/train.jsonl" --reward lit_rlhf.rewards.VaderSentiment \
+      --output "$out/pairs.jsonl" --min_gap 0.1 --batch_size 32 --sampling.max_new_tokens $tokens ;;
+  reward)
+    lit-rlhf fit --config "$here/reward.yaml" --model.model "$out/sft/model" --data.train "$out/pairs.jsonl" \
+      --model.optim.lr $reward_lr --trainer.default_root_dir "$out/reward" --export.folder "$out/reward/model" ;;
+  ppo) # against the reward model; gold is watched
+    lit-rlhf fit --config "$here/ppo.yaml" $rl --model.critic "$out/reward/model" --model.rewards "[$model, $gold]" \
+      --model.reward_weights '[1, 0]' --data.batch_size $batch ;;
+  grpo) # the same reward, the same number of responses
+    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
+      --data.batch_size $groups ;;
+  words) # a verifiable reward; gold is watched here too
+    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$words, $gold]" --model.reward_weights '[1, 0]' \
+      --data.batch_size $groups ;;
+  all)
+    for one in prompts before sft after pairs reward ppo grpo words; do
+      bash "$0" "$data" "$2" "$name" $one "$seed"
+    done ;;
+  *) echo "STEP is $step; see the head of this file" >&2; exit 2 ;;
+esac

@@ -1,0 +1,190 @@
+"""generate, pairs, export, configs and the door itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import lit_rlhf
+from lit_rlhf.cli import COMMANDS
+from lit_rlhf.data import PreferenceData
+
+ROOT = Path(lit_rlhf.__file__).parent.parent
+SHORT = ("--sampling.max_new_tokens", "6")
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_one_prompt_is_continued_on_the_screen(cli, sft_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    cli("generate", "--model", "runs/sft/model", "--prompt", "Once", "--sampling.temperature", "0", *SHORT)
+    first = capsys.readouterr().out
+    assert first.startswith("Once")
+    assert len(first) > len("Once\n")
+    cli("generate", "--model", "runs/sft/model", "--prompt", "Once", "--sampling.temperature", "0", *SHORT)
+    assert capsys.readouterr().out == first
+
+
+def test_a_file_of_prompts_is_continued_in_order(cli, sft_run: Path) -> None:
+    args = ("generate", "--model", "runs/sft/model", "--prompts", "sft.jsonl", "--limit", "5", "--samples", "2", *SHORT)
+    cli(*args, "--batch_size", "2", "--output", "out/texts.jsonl")
+    rows = read(cli.folder / "out" / "texts.jsonl")
+    assert [row["prompt"] for row in rows] == [f"Q{i}:" for i in range(5) for _ in range(2)]
+    assert set(rows[0]) == {"prompt", "completion", "ended"}
+    cli(*args, "--batch_size", "2", "--seed", "1", "--output", "out/others.jsonl")
+    assert read(cli.folder / "out" / "others.jsonl") != rows, "the seed changed nothing"
+    cli(*args, "--batch_size", "2", "--output", "out/again.jsonl")
+    assert read(cli.folder / "out" / "again.jsonl") == rows
+
+
+def test_other_columns_chat_and_first_words(cli, sft_run: Path) -> None:
+    common = ("generate", "--model", "runs/sft/model", "--prompts", "math.jsonl", "--prompt_column", "question", *SHORT)
+    cli(*common, "--limit", "2", "--chat", "true", "--output", "out/chat.jsonl")
+    rows = read(cli.folder / "out" / "chat.jsonl")
+    assert rows[0]["prompt"] == [{"role": "user", "content": "0 + 1?"}]
+    assert rows[1]["answer"] == "#### 2"
+    cli(*common, "--limit", "2", "--prompt_words", "2", "--output", "out/words.jsonl")
+    assert [row["prompt"] for row in read(cli.folder / "out" / "words.jsonl")] == ["0 +", "1 +"]
+
+
+def pairs(cli, output: str, *more: str) -> list[dict]:
+    cli(
+        *("pairs", "--policy", "runs/sft/model", "--prompts", "sft.jsonl", "--limit", "6", *SHORT),
+        *("--reward", "lit_rlhf.rewards.ContainsWords", "--reward.words", '["a", "e", "i"]', "--output", output, *more),
+    )
+    return read(cli.folder / output)
+
+
+def by_count(prompts: list, completions: list[str]) -> list[float]:
+    """A judge that counts letters below n."""
+    return [float(sum(c < "n" for c in text)) for text in completions]
+
+
+def test_pairs_are_ordered_by_the_reward_and_feed_the_reward_model(cli, sft_run: Path, monkeypatch) -> None:
+    (cli.folder / "judge.py").write_text(
+        "def letters(prompts, completions):\n    return [float(sum(c < 'n' for c in text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(cli.folder))
+    args = ("pairs", "--policy", "runs/sft/model", "--prompts", "sft.jsonl", "--reward", "judge.letters", *SHORT)
+    cli(*args, "--output", "out/pairs.jsonl")
+    rows = read(cli.folder / "out" / "pairs.jsonl")
+    assert 0 < len(rows) <= 24
+    for row in rows:
+        assert [row["chosen_score"], row["rejected_score"]] == by_count([], [row["chosen"], row["rejected"]])
+        assert row["chosen_score"] > row["rejected_score"]
+    data = PreferenceData(str(cli.folder / "out" / "pairs.jsonl"), tokenizer=str(cli.folder / "base"))
+    data.setup("fit")
+    assert len(next(iter(data.train_dataloader()))) > 0
+
+    cli(*args, "--output", "out/wide.jsonl", "--min_gap", "2")
+    wide = read(cli.folder / "out" / "wide.jsonl")
+    assert wide == [row for row in rows if row["chosen_score"] - row["rejected_score"] > 2]
+
+    cli(*args, "--output", "out/ranked.jsonl", "--samples", "4", "--limit", "8")
+    for row in read(cli.folder / "out" / "ranked.jsonl"):
+        assert row["scores"] == sorted(by_count([], row["responses"]), reverse=True)
+        assert [a < b for a, b in zip(row["ranks"], row["ranks"][1:], strict=False)] == [
+            a > b for a, b in zip(row["scores"], row["scores"][1:], strict=False)
+        ]
+
+
+def test_a_learned_judge_labels_pairs(cli, reward_run: Path) -> None:
+    cli(
+        *("pairs", "--policy", "runs/sft/model", "--prompts", "sft.jsonl", "--limit", "4", "--output", "out/rm.jsonl"),
+        *("--reward", "lit_rlhf.rewards.RewardModel", "--reward.model", "runs/reward/model", *SHORT),
+    )
+    assert all(row["chosen_score"] > row["rejected_score"] for row in read(cli.folder / "out" / "rm.jsonl"))
+
+
+def test_pairs_that_all_tie_are_an_error(cli, sft_run: Path, refused, monkeypatch) -> None:
+    (cli.folder / "flat.py").write_text("def flat(prompts, completions):\n    return [1.0] * len(completions)\n")
+    monkeypatch.syspath_prepend(str(cli.folder))
+    lines = refused(
+        *("pairs", "--policy", "runs/sft/model", "--prompts", "sft.jsonl", "--limit", "2", *SHORT),
+        *("--reward", "flat.flat", "--output", "out/flat.jsonl"),
+    )
+    assert "all tie" in lines[-1]
+
+
+def test_export_merges_adapters_or_keeps_them(cli, ppo_run: Path) -> None:
+    checkpoint = "runs/ppo/version_0/checkpoints/last.ckpt"
+    cli("export", "--checkpoint", checkpoint, "--folder", "out/merged")
+    cli("export", "--checkpoint", checkpoint, "--folder", "out/adapters", "--merge", "false")
+    ids = torch.arange(3, 40).unsqueeze(0)
+    merged = AutoModelForCausalLM.from_pretrained(cli.folder / "out" / "merged")
+    at_the_end = AutoModelForCausalLM.from_pretrained(ppo_run / "model")
+    torch.testing.assert_close(merged(ids).logits, at_the_end(ids).logits, rtol=0, atol=0)
+    base = AutoModelForCausalLM.from_pretrained(cli.folder / "runs" / "sft" / "model")
+    kept = PeftModel.from_pretrained(base, cli.folder / "out" / "adapters").eval()
+    torch.testing.assert_close(kept(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_export_of_a_reward_model(cli, reward_run: Path) -> None:
+    cli("export", "--checkpoint", "runs/reward/version_0/checkpoints/last.ckpt", "--folder", "out/rm")
+    config = json.loads((cli.folder / "out" / "rm" / "config.json").read_text(encoding="utf-8"))
+    at_the_end = json.loads((reward_run / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["reward_mean"] == at_the_end["reward_mean"]
+
+
+def test_a_checkpoint_of_something_else_is_refused(cli, refused) -> None:
+    torch.save({"hyper_parameters": {"_class_path": "torch.nn.Linear"}}, cli.folder / "other.ckpt")
+    assert "not made by a stage" in refused("export", "--checkpoint", "other.ckpt", "--folder", "x")[0]
+
+
+def test_help_lists_every_command_and_configs_every_config(cli, capsys: pytest.CaptureFixture[str]) -> None:
+    cli("--help")
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+    cli("configs")
+    folder, *names = capsys.readouterr().out.splitlines()
+    assert Path(folder).is_dir()
+    assert [line.split()[0] for line in names] == sorted(path.name for path in Path(folder).glob("*.yaml"))
+    assert all(len(line.split()) > 3 for line in names), "a config without a title"
+
+
+def test_a_file_here_goes_before_the_shipped_one(cli, capsys: pytest.CaptureFixture[str]) -> None:
+    (cli.folder / "sft.yaml").write_text("model: {class_path: lit_rlhf.SFT, init_args: {model: mine}}\n")
+    try:
+        with pytest.raises(SystemExit):
+            cli("fit", "--config=sft.yaml", "--data", "SFTData", "--data.train", "x", "--print_config")
+    finally:
+        (cli.folder / "sft.yaml").unlink()
+    assert "model: mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["generate", "pairs", "export"])
+def test_every_option_of_a_command_is_explained(cli, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli(command, "--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "seed gives the same" in text or command == "export"
+    assert text.count("--") >= 3
+
+
+def test_the_door_of_a_checkout(cli, sft_run: Path) -> None:
+    """``python cli.py`` in a process of its own: version, and a validation of a trained checkpoint."""
+    version = subprocess.run([sys.executable, "cli.py", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert version.stdout == f"lit-rlhf {lit_rlhf.__version__}\n"
+    result = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "cli.py"), "validate", "--config", "sft.yaml", "--config", "tiny.yaml"),
+            *("--model.model", "base", "--data.train", "sft.jsonl", "--model.sample_prompts", "0"),
+            *("--trainer.default_root_dir", "runs/validated", "--trainer.enable_progress_bar", "false"),
+            *("--ckpt_path", "runs/sft/version_0/checkpoints/last.ckpt"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=cli.folder,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "val/perplexity" in result.stdout

@@ -1,0 +1,99 @@
+"""Every shipped config runs, leaves what a run must leave, and feeds the next stage."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_rlhf.commands.configs import config_folder
+from lit_rlhf.models import Network, load_causal
+
+STAGES = ["sft", "reward", "ppo", "grpo"]
+OVERLAYS = ["tiny", "lora", "wandb"]
+
+
+@pytest.fixture(params=STAGES)
+def run(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"{request.param}_run")
+
+
+def steps(run: Path) -> list[dict[str, str]]:
+    with (run / "version_0" / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_shipped_config_is_run_here() -> None:
+    assert sorted(path.stem for path in config_folder().glob("*.yaml")) == sorted(STAGES + OVERLAYS)
+
+
+def test_two_steps_are_logged_and_validated(run: Path) -> None:
+    rows = steps(run)
+    assert {int(row["step"]) for row in rows} == {0, 1}
+    key = {"sft": "val/loss", "reward": "val/accuracy"}.get(run.name, "val/score_greedy")
+    assert any(row[key] for row in rows)
+
+
+def test_the_run_keeps_its_whole_config(run: Path) -> None:
+    saved = yaml.safe_load((run / "version_0" / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["trainer"]["max_steps"] == 2
+    assert saved["seed_everything"] == 42
+    assert saved["data"]["init_args"]["batch_size"] == 2
+    assert saved["model"]["init_args"]["optim"]["weight_decay"] == 0.0  # a default nobody wrote
+    logged = yaml.safe_load((run / "version_0" / "hparams.yaml").read_text(encoding="utf-8"))
+    assert logged["cli"]["trainer"]["max_steps"] == 2
+
+
+def test_the_last_step_can_be_resumed_from(run: Path) -> None:
+    checkpoints = run / "version_0" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", "step=2.ckpt"]
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo", "grpo"])
+def test_sample_texts_are_written(name: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(f"{name}_run")
+    lines = (run / "version_0" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert {sample["mode"] for sample in samples} == {"greedy", "sampled"}
+    assert all(isinstance(sample["prompt"], str) and sample["step"] == 2 for sample in samples)
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_exported_policy_loads_in_transformers_with_the_trained_logits(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(f"{name}_run")
+    loaded = AutoModelForCausalLM.from_pretrained(run / "model")
+    trained = load_causal(str(run / "model"), Network()).eval()
+    state = torch.load(run / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = {key.removeprefix("policy."): value for key, value in state.items() if key.startswith("policy.")}
+    trained.load_state_dict(state)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    torch.testing.assert_close(loaded(ids).logits, trained(ids).logits)
+    start = AutoModelForCausalLM.from_pretrained(run.parent.parent / "base")
+    assert not torch.equal(loaded(ids).logits, start(ids).logits), "nothing was learned"
+
+
+def test_exported_adapters_are_merged(ppo_run: Path, sft_run: Path) -> None:
+    """PPO ran with LoRA: its folder is a whole model that differs from the SFT model's."""
+    ids = torch.arange(3, 40).unsqueeze(0)
+    merged = AutoModelForCausalLM.from_pretrained(ppo_run / "model")
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    before = AutoModelForCausalLM.from_pretrained(sft_run / "model")
+    assert not torch.equal(merged(ids).logits, before(ids).logits)
+    saved = torch.load(ppo_run / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {key.split(".")[0] for key in saved} >= {"policy", "critic"}
+    assert not any("embed_tokens" in key or key.startswith(("reference", "rewards")) for key in saved)
+
+
+def test_exported_reward_model_is_a_standard_folder(reward_run: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(reward_run / "model")
+    assert model.config.num_labels == 1
+    assert isinstance(model.config.reward_mean, float)
+    assert AutoTokenizer.from_pretrained(reward_run / "model").eos_token == "</s>"

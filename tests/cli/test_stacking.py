@@ -1,0 +1,84 @@
+"""Configs stack without loss, runs log where they should, and on resume the config wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from lit_rlhf.commands.train import loggers
+
+
+def test_stacked_configs_lose_no_callback(cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "stop.yaml"
+    path.write_text("trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss}}]}")
+    with pytest.raises(SystemExit):
+        cli("fit", "--config", "sft.yaml", "--config", "wandb.yaml", "--config", str(path), "--print_config")
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["checkpoint"]["save_last"] == "link"
+    assert config["export"]["folder"] == "runs/sft/model"
+    assert config["samples"]["rows"] == 16
+    assert config["progress"]["refresh_rate"] == 1
+    assert [one["class_path"].split(".")[-1] for one in config["trainer"]["callbacks"]] == ["EarlyStopping"]
+    assert config["trainer"]["logger"]["init_args"]["project"] == "lit-rlhf"
+    assert (config["trainer"]["log_every_n_steps"], config["trainer"]["inference_mode"]) == (1, False)
+
+
+def test_own_callbacks_and_wandb_beside_the_sections(cli, sft_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run with W&B (offline) and a callback of the user's keeps CSV log, config, samples, checkpoint and export."""
+    root = cli.folder / "runs" / "both"
+    cli.fit(
+        "sft.yaml",
+        "sft.jsonl",
+        *("--config", "wandb.yaml", "--model.model", "base", "--model.sampling.max_new_tokens", "4"),
+        *("--trainer.default_root_dir", str(root), "--trainer.callbacks+=LearningRateMonitor"),
+        *("--export.folder", "null"),
+    )
+    run = root / "version_0"
+    names = {path.name for path in run.iterdir()}
+    assert names == {"metrics.csv", "hparams.yaml", "config.yaml", "samples.jsonl", "checkpoints", "export"}
+    assert "lr-AdamW" in (run / "metrics.csv").read_text(encoding="utf-8").splitlines()[0]
+    offline = list((cli.folder / "runs" / "wandb").glob("offline-run-*"))
+    assert len(offline) == 1
+    (table,) = offline[0].glob("files/media/table/samples_*.table.json")
+    shown = json.loads(table.read_text(encoding="utf-8"))
+    assert shown["columns"] == ["step", "mode", "score", "prompt", "completion"]
+    assert len(shown["data"]) == len((run / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+def test_csv_log_comes_first_and_only_false_turns_it_off() -> None:
+    other = WandbLogger(offline=True)
+    own = CSVLogger("elsewhere")
+    assert [type(one) for one in loggers(None, "runs")] == [CSVLogger]
+    assert [type(one) for one in loggers(other, "runs")] == [CSVLogger, WandbLogger]
+    assert loggers([other, own], "runs") == [own, other]
+    assert loggers(False, "runs") is False
+
+
+def saved_optimizer(folder: Path) -> tuple[dict, dict, dict]:
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return saved["optimizer_states"][0]["param_groups"][0], saved["lr_schedulers"][0], saved["hyper_parameters"]
+
+
+@pytest.mark.parametrize("lr", [3.0e-6, 5.0e-3])
+def test_on_resume_the_config_wins(cli, sft_run: Path, lr: float) -> None:
+    """The checkpoint was made with lr 3e-6 on a cosine; a new lr (and a new ε) takes its place on the schedule."""
+    root = cli.folder / "runs" / f"resumed-{lr}"
+    cli.fit(
+        "sft.yaml",
+        "sft.jsonl",
+        *("--model.model", "base", "--model.sample_prompts", "0", "--model.optim.eps", "1e-4"),
+        *("--model.optim.lr", str(lr), "--trainer.max_steps", "3", "--trainer.default_root_dir", str(root)),
+        *("--export.folder", "null", "--ckpt_path", str(sft_run / "version_0" / "checkpoints" / "last.ckpt")),
+    )
+    group, schedule, settings = saved_optimizer(root / "version_0")
+    before = saved_optimizer(sft_run / "version_0")[0]
+    assert (before["initial_lr"], before["eps"]) == (3.0e-6, 1.0e-5)
+    assert (group["initial_lr"], group["eps"], schedule["base_lrs"]) == (lr, 1e-4, [lr])
+    assert group["lr"] == pytest.approx(schedule["_last_lr"][0])
+    assert group["lr"] <= lr
+    assert settings["optim"]["lr"] == lr
