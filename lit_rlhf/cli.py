@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import lit_rlhf
 
@@ -40,7 +40,7 @@ def command(name: str) -> Callable[..., Any]:
         name: one of ``COMMANDS`` that is not LightningCLI's.
     """
     if name == "demo":
-        from lit_rlhf.demo.run import demo
+        from lit_rlhf.demo.run import main as demo
 
         return demo
     if name == "generate":
@@ -60,23 +60,26 @@ def command(name: str) -> Callable[..., Any]:
     return configs
 
 
-def run(name: str, args: list[str]) -> None:
+def run(name: str, args: list[str]) -> int | None:
     """Run one command.
 
     Args:
         name: one of ``COMMANDS``.
         args: what stands after it.
+
+    Returns:
+        The process's exit code, if the command has one to say.
     """
     if name in TRAINING:
         from lit_rlhf.commands.train import train
 
         train([name, *args])
-        return
+        return None
     from jsonargparse import auto_cli
 
     from lit_rlhf.commands.parser import FriendlyParser
 
-    auto_cli(command(name), args=args, as_positional=False, parser_class=FriendlyParser, prog=f"lit-rlhf {name}")
+    return auto_cli(command(name), args=args, as_positional=False, parser_class=FriendlyParser, prog=f"lit-rlhf {name}")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -99,11 +102,13 @@ def main(args: list[str] | None = None) -> None:
     if args[0] not in COMMANDS:
         fail(f"no command {args[0]!r}; there are: {', '.join(COMMANDS)}")
     try:
-        run(args[0], args[1:])
+        code = run(args[0], args[1:])
     except Exception as error:
         if not told(error, training=args[0] in TRAINING):
             raise
         fail(str(error))
+    if code:
+        sys.exit(code)
 
 
 def told(error: Exception, training: bool) -> bool:
@@ -117,11 +122,12 @@ def told(error: Exception, training: bool) -> bool:
 
     from lit_rlhf.data import DataError
 
-    door = (DataError, FileNotFoundError, MisconfigurationException)
+    wandb = sys.modules.get("wandb")  # no key, no login: it says itself what to do
+    door = (DataError, FileNotFoundError, MisconfigurationException, *((wandb.errors.UsageError,) if wandb else ()))
     return isinstance(error, door) or (type(error) is ValueError and not training)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Say what is wrong and exit with code 2."""
     sys.stderr.write(f"error: {message}\n")
     sys.exit(2)

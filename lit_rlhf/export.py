@@ -52,7 +52,7 @@ def export(checkpoint: str, folder: str, merge: bool = True) -> None:
         raise FileNotFoundError(f"checkpoint {checkpoint} {what}")
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     stage = stage_class(saved.get("hyper_parameters", {}), checkpoint)
-    rewards = {"rewards": [no_reward]} if "rewards" in inspect.signature(stage).parameters else {}
+    rewards: dict[str, Any] = {"rewards": [no_reward]} if "rewards" in inspect.signature(stage).parameters else {}
     module: Any = stage.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **rewards)
     module.export(folder, merge=merge)
     print(f"exported: {folder}")

@@ -84,7 +84,7 @@ class Perplexity(Metric):
 
     def update(self, logprobs: Tensor, mask: Tensor) -> None:
         """Add tokens by their log-probabilities [B, T]; only those under ``mask`` [B, T] count."""
-        self.nll -= torch.where(mask, logprobs.detach().float(), 0.0).sum()
+        self.nll -= torch.where(mask, logprobs.float(), 0.0).sum()
         self.tokens += mask.sum()
 
     def compute(self) -> Tensor:

@@ -4,7 +4,7 @@
 #   bash benchmarks/stories/run.sh DATA OUT MODEL STEP [SEED]
 #
 # DATA holds models/{stories260K,stories15M} and sft/tinystories_{train,val}.jsonl.gz. MODEL is one of the two.
-# STEP: prompts, before, sft, after, pairs, reward, ppo, words, grpo; `all` makes them all for SEED.
+# STEP: prompts, before, sft, after, pairs, reward, start, ppo, grpo, words, texts; `all` makes them all for SEED.
 # Results land in OUT/MODEL/STEP (RL: STEP_SEED); benchmarks/stories/report.py reads them.
 set -euo pipefail
 data=$1 out=$2/$3 base=$1/models/$3 name=$3 step=$4 seed=${5:-0}
@@ -50,6 +50,9 @@ case $step in
   reward)
     lit-rlhf fit --config "$here/reward.yaml" --model.model "$out/sft/model" --data.train "$out/pairs.jsonl" \
       --model.optim.lr $reward_lr --trainer.default_root_dir "$out/reward" --export.folder "$out/reward/model" ;;
+  start) # where RL starts from: the SFT policy, judged on the held-out prompts as the runs below are
+    lit-rlhf validate --config "$here/ppo.yaml" $rl --model.rewards "[$model, $gold, $words]" \
+      --model.reward_weights '[1, 0, 0]' ;;
   ppo) # against the reward model; gold is watched
     lit-rlhf fit --config "$here/ppo.yaml" $rl --model.critic "$out/reward/model" --model.rewards "[$model, $gold]" \
       --model.reward_weights '[1, 0]' --data.batch_size $batch ;;
@@ -59,8 +62,13 @@ case $step in
   words) # a verifiable reward; gold is watched here too
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$words, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size $groups ;;
+  texts) # ten held-out prompts, the first ten, continued by every policy
+    for policy in sft ppo_$seed grpo_$seed words_$seed; do
+      lit-rlhf generate --model "$out/$policy/model" --prompts "$out/val.jsonl" --limit 10 --batch_size 10 \
+        --output "$out/texts/$policy.jsonl" --sampling.max_new_tokens $tokens
+    done ;;
   all)
-    for one in prompts before sft after pairs reward ppo grpo words; do
+    for one in prompts before sft after pairs reward start ppo grpo words texts; do
       bash "$0" "$data" "$2" "$name" $one "$seed"
     done ;;
   *) echo "STEP is $step; see the head of this file" >&2; exit 2 ;;

@@ -6,8 +6,9 @@ Each also works in a Trainer that a user builds himself: ``Trainer(callbacks=[Sa
 from lit_rlhf.callbacks.checkpoint import Checkpoint
 from lit_rlhf.callbacks.config_wins import ConfigWins
 from lit_rlhf.callbacks.export_folder import ExportFolder
+from lit_rlhf.callbacks.predictions import Predictions
 from lit_rlhf.callbacks.progress import Progress
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.saved_config import SavedConfig
 
-__all__ = ["Checkpoint", "ConfigWins", "ExportFolder", "Progress", "SampleTable", "SavedConfig"]
+__all__ = ["Checkpoint", "ConfigWins", "ExportFolder", "Predictions", "Progress", "SampleTable", "SavedConfig"]

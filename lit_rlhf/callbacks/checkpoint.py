@@ -15,7 +15,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the last step has been saved already."""
-        if trainer.fast_dev_run or self._last_global_step_saved == trainer.global_step:
+        if getattr(trainer, "fast_dev_run", False) or self._last_global_step_saved == trainer.global_step:
             return
         candidates = self._monitor_candidates(trainer)
         if self.monitor is None or self.monitor in candidates:

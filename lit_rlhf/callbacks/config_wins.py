@@ -16,7 +16,7 @@ class ConfigWins(Callback):
 
     def __init__(self) -> None:
         self.settings: list[list[dict[str, Any]]] = []
-        self.base_lrs: list[list[float]] = []
+        self.base_lrs: list[list[Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the config asks for: the optimizers are made, the checkpoint is not in them yet."""

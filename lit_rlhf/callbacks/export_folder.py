@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 
@@ -19,9 +20,9 @@ class ExportFolder(Callback):
     def __init__(self, folder: str | None = None, merge: bool = True) -> None:
         self.folder, self.merge = folder, merge
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the folder."""
-        if trainer.fast_dev_run:
+        if getattr(trainer, "fast_dev_run", False):
             return
         folder = self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "export")
         pl_module.export(folder, merge=self.merge)

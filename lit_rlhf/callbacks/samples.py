@@ -34,7 +34,7 @@ class SampleTable(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Append this validation's samples."""
         samples = getattr(pl_module, "samples", [])[: self.rows]
-        if trainer.sanity_checking or trainer.fast_dev_run or not samples:
+        if trainer.sanity_checking or getattr(trainer, "fast_dev_run", False) or not samples:
             return
         folder = trainer.log_dir  # a collective: every rank has to ask
         self.seen += 1

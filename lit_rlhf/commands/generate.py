@@ -124,8 +124,9 @@ def generate(
     repeated = (batch.repeat(samples) for batch in batches)
     rows = written(sample(load_policy(model, network, device), tokenizer, repeated, sampling, seed))
     if output is None:
+        bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
         for row in rows:
-            print(f"{prompt_text(row['prompt'])}\033[1m{row['completion']}\033[0m\n" if sys.stdout.isatty() else row)
+            print(f"{prompt_text(row['prompt'])}{bold}{row['completion']}{plain}\n")
     else:
         print(f"wrote {write_rows(rows, output)} completions to {output}")
 

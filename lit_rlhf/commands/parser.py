@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
 import typing
@@ -116,7 +117,7 @@ class FriendlyParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Explain what is wrong, and exit."""
-        if not self.exit_on_error:  # a parser inside another one: only the outermost speaks
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG") == "true":  # a parser inside another one is silent
             super().error(message, ex)
         readable = "Problems parsing config" not in message  # the YAML reader's own words have line and column
         lines = dict.fromkeys(self._explain(problem) for problem in problems(message)) if readable else ()
@@ -124,7 +125,7 @@ class FriendlyParser(ArgumentParser):
         self.exit(2)
 
     def _explain(self, problem: Problem) -> str:
-        key, text = problem.key or "arguments", _plain(problem.text)
+        key, text = problem.key, _plain(problem.text)
         if wrong := NO_OPTION.search(text):
             return self._unknown(problem, wrong["key"])
         if missing := re.match(r"the following arguments are required: (.+)", text):
@@ -135,9 +136,10 @@ class FriendlyParser(ArgumentParser):
             shipped = [path.name for path in config_folder().glob("*.yaml")]
             return f"error: no config {name[1]}\n{nearest(Path(name[1]).name, shipped)}{CONFIG_HINT}"
         if unknown := re.search(r"module '([\w.]+)' has no attribute '(\w+)'|dot import path string: (\w+)", text):
-            module, name = importlib.import_module(unknown[1] or "lit_rlhf"), unknown[2] or unknown[3]
-            return f"error: {key}: {module.__name__} has no {name}\n{nearest(name, dir(module))}"
-        return f"error: {key}: {text}{f', got {problem.value[:100]}' if problem.value else ''}\n"
+            module, wanted = importlib.import_module(unknown[1] or "lit_rlhf"), unknown[2] or unknown[3]
+            return f"error: {key or 'arguments'}: {module.__name__} has no {wanted}\n{nearest(wanted, dir(module))}"
+        value = f", got {problem.value[:100]}" if problem.value and text.startswith("expected") else ""
+        return f"error: {f'{key}: ' if key else ''}{text}{value}\n"
 
     def _unknown(self, problem: Problem, key: str) -> str:
         *groups, last = key.split(".")

@@ -10,11 +10,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_rlhf.data
 import lit_rlhf.stages  # noqa: F401 - classes that were imported can be named without their module
-from lit_rlhf.callbacks import Checkpoint, ConfigWins, ExportFolder, Progress, SampleTable, SavedConfig
+from lit_rlhf.callbacks import Checkpoint, ConfigWins, ExportFolder, Predictions, Progress, SampleTable, SavedConfig
 from lit_rlhf.commands.configs import resolve_configs
 from lit_rlhf.commands.parser import FriendlyParser
 
@@ -23,7 +22,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,  # in RL a step is a whole rollout
     "num_sanity_val_steps": 0,  # validation in RL generates text: minutes before the first step
     "inference_mode": False,  # its tensors cannot be used in sharded networks
-    "callbacks": [ConfigWins()],
+    "callbacks": [ConfigWins(), Predictions()],
 }
 # Sections of their own: a second YAML's trainer.callbacks replaces the first one's, these stay.
 SECTIONS: dict[str, type[Callback]] = {
@@ -42,6 +41,7 @@ NOISE = (
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*is not resumable.*",
+    ".*The dirpath has changed from.*",
     ".*in eval mode at the start of training.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
@@ -63,7 +63,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; Lightning's own method warns about arguments that are given as a list."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing, so that the user's config wins over a checkpoint's hyperparameters."""
@@ -73,7 +73,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            self._parser(self.subcommand).error(str(error), error)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a CSV log, first among the loggers: its folder is the run's."""

@@ -26,12 +26,15 @@ def load_tokenizer(name: str) -> Any:
 
 
 def find_tokenizer(name: str | None, trainer: Any) -> Any:
-    """The tokenizer called ``name``, or else the one of the module that ``trainer`` runs."""
-    if name is not None:
-        return load_tokenizer(name)
-    tokenizer = getattr(getattr(trainer, "lightning_module", None), "tokenizer", None)
-    if tokenizer is None:
+    """The tokenizer called ``name``, or else the one of the module that ``trainer`` runs; it must fit that module."""
+    theirs = getattr(getattr(trainer, "lightning_module", None), "tokenizer", None)
+    if name is None and theirs is None:
         raise ValueError("no tokenizer: set the data module's tokenizer, or use it with a module that has .tokenizer")
+    if name is None:
+        return theirs
+    tokenizer = load_tokenizer(name)
+    if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"the tokenizer {name} has other tokens than the model's own; leave the data's tokenizer out")
     return tokenizer
 
 

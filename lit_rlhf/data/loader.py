@@ -132,11 +132,13 @@ class SeekableData(L.LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and encode all rows, the first time it is called."""
-        if self._train is not None:
+        """Read and encode all rows, unless that was done with this very tokenizer."""
+        known = self.tokenizer if self.knobs.tokenizer is not None else None
+        tokenizer = known or find_tokenizer(self.knobs.tokenizer, self.trainer)
+        if self._train is not None and tokenizer is self.tokenizer:
             return
         self._check_knobs()
-        self.tokenizer = find_tokenizer(self.knobs.tokenizer, self.trainer)
+        self.tokenizer, self.dropped, self.truncated = tokenizer, Counter(), 0
         set_template(self.tokenizer, self.knobs.chat_template)
         train, val = load_split(**{name: self.knobs[name] for name in inspect.signature(load_split).parameters})
         self._train = self.encode(train)

@@ -98,7 +98,7 @@ def label_pairs(prompts: list[str], stories: list[str], seed: int, noise: float 
         if first == second:
             continue
         lead = (gold_score(prompt, first) - gold_score(prompt, second)) / noise
-        if rng.random() >= 1 / (1 + math.exp(-lead)):
+        if rng.random() >= (1 + math.tanh(lead / 2)) / 2:  # = σ(lead), and never overflows
             first, second = second, first
         rows.append({"prompt": prompt, "chosen": first, "rejected": second})
     return rows

@@ -177,4 +177,5 @@ FOLLOWS: dict[str, set[str]] = {
     "glad": _OPEN,
     "sorry": _OPEN,
     **{ending: set() for ending in ENDINGS},
+    "salad": set(_TEXTS),  # after a sentence of no template
 }

@@ -54,4 +54,3 @@ def _words_used(prompt: str, story: str) -> int:
 def _broken(reading: Reading) -> int:
     """Broken sentences, a sentence that was cut off among them; an ending in the middle breaks what follows it."""
     return reading.roles.count(None) + bool(reading.rest)
-

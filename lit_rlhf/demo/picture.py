@@ -52,7 +52,9 @@ def draw(curves: Mapping[str, Mapping[str, Sequence[float]]], results: Sequence[
             for name, curve in curves.items():
                 axis.plot(curve[against], curve[score], ".", color=COLOURS[name], alpha=0.25, markersize=4)
                 axis.plot(smooth(curve[against]), smooth(curve[score]), color=COLOURS[name], label=f"{name}, training")
-            axis.axhline(bootstrap_mean(getattr(results[0], score))[0], color=COLOURS["SFT"], linestyle="--", linewidth=1)
+            axis.axhline(
+                bootstrap_mean(getattr(results[0], score))[0], color=COLOURS["SFT"], linestyle="--", linewidth=1
+            )
             axis.grid(alpha=0.25)
         for result in results:
             _held_out(row[1], result, score)

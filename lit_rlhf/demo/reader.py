@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .grammar import ANIMALS, ENDINGS, FOLLOWS, NAMES, TEMPLATES, THINGS, Cast, Template
+from .grammar import ANIMALS, ENDINGS, FOLLOWS, NAMES, TEMPLATES, THINGS, Cast
 
 _PROMPT = re.compile(
     rf"Tell a story about (?P<hero>{'|'.join(NAMES)}) the (?P<animal>{'|'.join(ANIMALS)}) "
@@ -51,8 +51,8 @@ def read_prompt(prompt: str) -> tuple[Cast, tuple[str, str]]:
 def read_story(prompt: str, story: str) -> Reading:
     """Parse a story told to a prompt.
 
-    A broken sentence is marked and stepped over, so that one slip does not spoil what follows: the order continues
-    from the last sentence that was right.
+    One slip is one broken sentence: what follows is read as if a sentence with a wrong word or in a wrong place had
+    been right, and after word salad any sentence may stand.
     """
     cast, _ = read_prompt(prompt)
     sentences = tuple(found.strip() for found in re.findall(r"[^.!?]*[.!?]", story))
@@ -60,21 +60,10 @@ def read_story(prompt: str, story: str) -> Reading:
     roles: list[str | None] = []
     last = "start"
     for sentence in sentences:
-        match = _match(sentence, cast, last)
-        if match is None:
-            roles.append(None)
-            continue
-        template, slots = match
-        cast, last = cast.after(template, slots), template.role
-        roles.append(template.role)
+        readings = [(t, found.groupdict()) for t in _ALL if (found := t.pattern.fullmatch(sentence))]
+        right = [(t, slots) for t, slots in readings if t.role in FOLLOWS[last] and t.fits(slots, cast)]
+        roles.append(right[0][0].role if right else None)
+        last = "salad"
+        for template, slots in (right or readings)[:1]:
+            cast, last = cast.after(template, slots), template.role
     return Reading(sentences, tuple(roles), rest)
-
-
-def _match(sentence: str, cast: Cast, last: str) -> tuple[Template, dict[str, str]] | None:
-    for template in _ALL:
-        if template.role not in FOLLOWS[last]:
-            continue
-        found = template.pattern.fullmatch(sentence)
-        if found is not None and template.fits(found.groupdict(), cast):
-            return template, found.groupdict()
-    return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .measure import Measured, bootstrap_mean
 
@@ -27,7 +29,9 @@ def table(results: Sequence[Measured]) -> str:
     rows = [["policy", *COLUMNS.values()]]
     rows += [[result.name, *(_cell(result, column) for column in COLUMNS)] for result in results]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines)
 
@@ -55,14 +59,15 @@ def judge_policy(sft: Measured, tuned: Measured) -> Verdict:
     mean, low, high = bootstrap_mean([after - before for before, after in zip(sft.gold, tuned.gold, strict=True)])
     kl = bootstrap_mean(tuned.kl)[0]
     before, after = (bootstrap_mean(result.well_formed)[0] for result in (sft, tuned))
+    enough = after >= LEAST_WELL_FORMED * before
     faults = [
         f"the gain is not clearly above {GAIN}" if low <= GAIN else "",
         f"the KL is above {MOST_KL:.0f} nats" if kl > MOST_KL else "",
-        f"fewer than {LEAST_WELL_FORMED:.0%} of SFT's share are well-formed" if after < LEAST_WELL_FORMED * before else "",
+        "" if enough else f"fewer than {LEAST_WELL_FORMED:.0%} of SFT's share are well-formed",
     ]
     said = (
-        f"{tuned.name}: gold {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {sft.name} on {len(sft.gold)} held-out prompts, "
-        f"at a KL of {kl:.1f} nats a story, {after:.0%} well-formed ({sft.name} {before:.0%})."
+        f"{tuned.name}: gold {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {sft.name} on {len(sft.gold)} held-out "
+        f"prompts, at a KL of {kl:.1f} nats a story, {after:.0%} well-formed ({sft.name} {before:.0%})."
     )
     fault = "; ".join(filter(None, faults))
     return Verdict(not fault, f"{'FAILED' if fault else 'PASSED'} {said}{f' Why: {fault}.' if fault else ''}")
@@ -75,3 +80,23 @@ def side_by_side(results: Sequence[Measured], count: int) -> str:
         stories = [f"  {r.name + ':':6}[{r.gold[i]:+.2f}] {r.texts[i].strip()}" for r in results]
         blocks.append("\n".join([prompt.strip(), *stories]))
     return "\n\n".join(blocks)
+
+
+def summary(results: Sequence[Measured], verdicts: Sequence[Verdict]) -> str:
+    """Put the table, what its columns mean, and the verdicts together."""
+    legend = (
+        "Means over held-out prompts with 95 % bootstrap intervals. Gold: the judge that nothing was trained on.\n"
+        "Proxy: the reward model, in standard deviations of its scores on held-out pairs. KL: to the SFT policy."
+    )
+    return "\n\n".join([table(results), legend, *(verdict.sentence for verdict in verdicts)])
+
+
+def write(results: Sequence[Measured], verdicts: Sequence[Verdict], folder: Path) -> None:
+    """Write results.md, with the stories to twenty prompts, and results.json, with every number of every prompt."""
+    texts = f"```\n{side_by_side(results, 20)}\n```\n"
+    (folder / "results.md").write_text(f"{summary(results, verdicts)}\n\n{texts}", encoding="utf-8")
+    found = {
+        "passed": all(verdict.passed for verdict in verdicts),
+        "policies": [{"name": r.name, **{column: getattr(r, column) for column in COLUMNS}} for r in results],
+    }
+    (folder / "results.json").write_text(json.dumps(found), encoding="utf-8")

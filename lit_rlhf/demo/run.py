@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .train import Sizes
 
 FAST = {"stories": 600, "sft_steps": 60, "pairs": 60, "reward_steps": 10, "prompts": 60, "rl_steps": 3, "held_out": 16}
 
@@ -33,7 +36,7 @@ def main(folder: str = "lit_rlhf_demo", seed: int = 0, fast: bool = False) -> in
     _say(f"2/5 SFT: imitate {sizes.stories} stories, kind and mean ones")
     metrics = train_sft(run, sizes, seed)
     _say(f"    held-out perplexity {metrics['val/perplexity']:.2f}, token accuracy {metrics['val/token_accuracy']:.2f}")
-    _say(f"3/5 reward model: {sizes.pairs} pairs of the SFT policy's own stories, labelled with noise by the gold judge")
+    _say(f"3/5 reward model: {sizes.pairs} pairs of the SFT policy's stories, labelled with noise by the gold judge")
     make_pairs(run, sizes, seed)
     metrics = train_reward(run, sizes, seed)
     accuracy, calibration = metrics["val/accuracy"], metrics["val/calibration_error"]
@@ -41,7 +44,14 @@ def main(folder: str = "lit_rlhf_demo", seed: int = 0, fast: bool = False) -> in
     _say("4/5 PPO (rewards: reward model) and GRPO (rewards: reward model + the words asked for), side by side")
     train_policies(run, sizes, seed)
     _say("5/5 answers to held-out prompts")
-    return conclude(run, seed, fast, started)
+    passed, said = conclude(run, seed)
+    _say(f"\n{said}\n\n{(time.perf_counter() - started) / 60:.1f} minutes.")
+    _say(f"Look at {run / 'curves.png'}; results.md there has more stories, data/ and logs/ what they came from.")
+    if fast and not passed:
+        _say("A fast run shows that everything works; it is too short to pass.")
+    prompt = "Tell a story about Mia the fox with a kite and an egg."
+    _say(f"Next: {shlex.join(['lit-rlhf', 'generate', '--model', str(run / 'ppo'), '--prompt', prompt])}")
+    return 0 if passed else 1
 
 
 def make_world(run: Path, sizes: Sizes, seed: int) -> None:
@@ -85,34 +95,28 @@ def train_policies(run: Path, sizes: Sizes, seed: int) -> None:
             training.result()
 
 
-def conclude(run: Path, seed: int, fast: bool, started: float) -> int:
-    """Measure, judge, draw and print; write results.md, results.json and curves.png."""
+def conclude(run: Path, seed: int) -> tuple[bool, str]:
+    """Measure the three policies on held-out prompts, judge them, draw and write; curves.png, results.md, results.json.
+
+    Args:
+        run: folder of the run, its stages trained.
+        seed: of the answers.
+
+    Returns:
+        Whether PPO and GRPO passed, and what there is to say.
+    """
     from .measure import measure
     from .picture import draw, read_curves
-    from .report import judge_policy, side_by_side, table
+    from .report import judge_policy, side_by_side, summary, write
 
     paths = {"reference": str(run / "sft"), "reward": str(run / "reward"), "rows": str(run / "data/held_out.jsonl")}
     results = [measure(name, str(run / name.lower()), seed=seed, **paths) for name in ("SFT", "PPO", "GRPO")]
     verdicts = [judge_policy(results[0], tuned) for tuned in results[1:]]
-    passed = all(verdict.passed for verdict in verdicts)
-    draw({name: read_curves(run / f"logs/{name.lower()}/metrics.csv") for name in ("PPO", "GRPO")}, results, run / "curves.png")
-    sections = [
-        table(results),
-        "Mean and 95 % bootstrap interval over held-out prompts. Gold: the judge that nothing was trained on.\n"
-        "Proxy: the reward model, in standard deviations of its scores on the SFT policy's stories.",
-        *[verdict.sentence for verdict in verdicts],
-    ]
-    texts = side_by_side(results, 4)
-    minutes = (time.perf_counter() - started) / 60
-    last = [f"{minutes:.1f} minutes. Written: {run / 'curves.png'} (look at it), {run / 'results.md'}, and data, logs and models"]
-    if fast and not passed:
-        last.append("A fast run shows that everything works; it is too short to pass.")
-    last.append(f'Next: lit-rlhf generate --model {run / "ppo"} --prompt "{results[0].prompts[0]}"')
-    _say("\n" + "\n\n".join([*sections, "The same prompts, before and after (gold score in brackets):", texts, "\n".join(last)]))
-    (run / "results.md").write_text("\n\n".join([*sections, "```", side_by_side(results, 20), "```", ""]), encoding="utf-8")
-    rows = [{"name": r.name, **{key: getattr(r, key) for key in ("gold", "proxy", "kl", "words", "finished", "well_formed")}} for r in results]
-    (run / "results.json").write_text(json.dumps({"passed": passed, "minutes": minutes, "policies": rows}), encoding="utf-8")
-    return 0 if passed else 1
+    curves = {name: read_curves(run / f"logs/{name.lower()}/metrics.csv") for name in ("PPO", "GRPO")}
+    draw(curves, results, run / "curves.png")
+    write(results, verdicts, run)
+    said = f"{summary(results, verdicts)}\n\nBefore and after, the same prompts (gold score in brackets):\n\n"
+    return all(verdict.passed for verdict in verdicts), said + side_by_side(results, 4)
 
 
 def _say(text: str) -> None:

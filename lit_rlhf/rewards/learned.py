@@ -78,7 +78,6 @@ class RewardModel(nn.Module):
                 "in the reward model. It scores token ids: train it from a model of the policy's family"
             )
 
-    @torch.no_grad()
     def score_rollout(self, rollout: Rollout) -> Tensor:
         """Scores [B] (float32) of the responses, each read at its last token."""
         # Like lengths together: a pass is as wide as its longest sequence.

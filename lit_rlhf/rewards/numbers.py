@@ -18,10 +18,9 @@ _NUMBER = re.compile(
     (?P<name>[A-Za-z]\d+(?:[.,]\d+)*)            # the 4 of GPT4 is no number
   | (?P<sign>(?<![A-Za-z\d)\]}}])[{_MINUS}+])?  # the 5 of 10-5 is not −5
     (?:\\?[$€£¥][ ]?)?
-    (?P<inner_sign>(?<![A-Za-z\d)\]}}])[{_MINUS}+])?
     (?:
         \\[dtc]?frac\{{(?P<top>[{_MINUS}+]?\d+(?:\.\d+)?)\}}\{{(?P<bottom>\d+(?:\.\d+)?)\}}
-      | (?<!/)(?P<over>\d+)[ ]?/[ ]?(?P<under>\d+)(?!\d|[/.]\d)   # but no date
+      | (?<!/)(?P<over>\d+)[ ]?/[ ]?(?P<under>\d+)(?!\d|\.\d)   # but no date
       | (?P<digits>{_UNSIGNED})
         (?:[eE](?P<exponent>[{_MINUS}+]?\d+)(?![A-Za-z\d]))?
         (?:[ ]?(?:×|\\times|\\cdot|\*|x)[ ]?10(?:\^|\*\*)\{{?(?P<power>[{_MINUS}+]?\d+)\}}?)?
@@ -29,7 +28,7 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_GSM8K = re.compile(r"(?<!\#)\#{4}(?!\#)[ \t*]*")
+_GSM8K = re.compile(r"(?<!\#)\#{4}(?!\#)[ \t*\\$€£¥]*")
 _LABEL = re.compile(r"[.):][ \t]*[^\s*]")  # "#### 2. Then …" is a heading
 _BRACE = re.compile(r"\\[{}]|[{}]")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*$")
@@ -102,8 +101,7 @@ def _value(found: re.Match[str]) -> float | None:
         return None
     if not math.isfinite(value):
         return None
-    negative = any((group[key] or "+") in _MINUS for key in ("sign", "inner_sign"))
-    return -value if negative else value
+    return -value if (group["sign"] or "+") in _MINUS else value
 
 
 def _ascii(number: str) -> str:

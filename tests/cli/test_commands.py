@@ -115,6 +115,7 @@ def test_pairs_that_all_tie_are_an_error(cli, sft_run: Path, refused, monkeypatc
     assert "all tie" in lines[-1]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
 def test_export_merges_adapters_or_keeps_them(cli, ppo_run: Path) -> None:
     checkpoint = "runs/ppo/version_0/checkpoints/last.ckpt"
     cli("export", "--checkpoint", checkpoint, "--folder", "out/merged")
@@ -169,6 +170,35 @@ def test_every_option_of_a_command_is_explained(cli, command: str, capsys: pytes
     text = capsys.readouterr().out
     assert "seed gives the same" in text or command == "export"
     assert text.count("--") >= 3
+
+
+def test_predict_writes_its_rows(cli, sft_run: Path) -> None:
+    quiet = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+    root = ("--trainer.default_root_dir", "runs/predicted")
+    cli(
+        *("predict", "--model", "SFT", "--model.model", "runs/sft/model", "--model.sampling.max_new_tokens", "4"),
+        *("--data", "PromptData", "--data.train", "sft.jsonl", "--data.val", "sft.jsonl", *quiet, *root),
+    )
+    rows = read(cli.folder / "runs" / "predicted" / "version_0" / "predictions.jsonl")
+    assert [row["prompt"] for row in rows] == [f"Q{i}:" for i in range(24)]
+    assert all(isinstance(row["completion"], str) for row in rows)
+
+
+def test_test_reports_held_out_metrics(cli, reward_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = ("--config", "tiny.yaml", "--trainer.enable_progress_bar", "false")
+    root = ("--trainer.default_root_dir", "runs/tested")
+    cli(
+        "test",
+        "--config",
+        "reward.yaml",
+        *overlay,
+        *root,
+        "--model.model",
+        "runs/reward/model",
+        "--data.train",
+        "pref.jsonl",
+    )
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_the_door_of_a_checkout(cli, sft_run: Path) -> None:

@@ -74,6 +74,12 @@ def test_tokens_may_merge_inside_the_completion(merging_tokenizer):
     assert merging_tokenizer.convert_ids_to_tokens(tail) == ["▁4", "2", "</s>"]
 
 
+def test_prompt_and_completion_are_tokenised_in_one_piece_where_they_can(merging_tokenizer):
+    """Alone the completion would get a blank in front, and what may stand before it merges with it."""
+    _, tail = chat.encode_completion(merging_tokenizer, "b:", "z")
+    assert merging_tokenizer.convert_ids_to_tokens(tail) == ["z", "</s>"]
+
+
 def test_text_is_learned_with_its_eos_but_without_its_first_token(bos_tokenizer):
     ids, learned = chat.encode_example(bos_tokenizer, text="ab")
     assert bos_tokenizer.decode(ids) == "<s>ab</s>"

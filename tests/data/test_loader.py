@@ -172,6 +172,25 @@ def test_the_tokenizer_is_the_modules_unless_named(source):
     assert data.tokenizer is module.tokenizer
 
 
+def test_another_modules_tokenizer_encodes_the_rows_anew(source, monkeypatch):
+    data = PromptData(source, val_fraction=0, batch_size=4)
+    fit(data, max_epochs=1)
+    before = next(iter(data.train_dataloader())).ids.max()
+    shifted = tiny.tiny_tokenizer()
+    shifted.add_tokens(["p"])
+    monkeypatch.setattr(tiny, "tiny_tokenizer", lambda: shifted)
+    fit(data, max_epochs=1)
+    assert next(iter(data.train_dataloader())).ids.max() == len(shifted) - 1 > before
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(source, tmp_path):
+    other = tiny.tiny_tokenizer()
+    other.add_tokens(["pp"])
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has other tokens than the model's own"):
+        fit(PromptData(source, val_fraction=0, batch_size=4, tokenizer=str(tmp_path)))
+
+
 def test_a_set_smaller_than_a_batch_names_the_knob(source):
     with pytest.raises(DataError, match="22 training rows do not fill one batch: batch_size=64 on 1 process"):
         fit(PromptData(source, val_fraction=0, batch_size=64))

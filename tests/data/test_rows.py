@@ -97,7 +97,7 @@ def test_a_given_chat_template_becomes_the_tokenizers(make):
 
 @pytest.mark.parametrize("field", ["{question.__class__}", "{question[0]}", "{}", "{question:>9}", "{question"])
 def test_a_prompt_template_reaches_into_nothing(make, field):
-    with pytest.raises(DataError, match="prompt_template"):
+    with pytest.raises(DataError, match=r"prompt_template: "):
         make(PromptData, [{"question": "q"}], prompt_template=field)
 
 

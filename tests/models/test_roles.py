@@ -113,7 +113,7 @@ def test_only_a_policy_without_adapters_is_copied(model_folder):
 def test_evaluating_restores_the_mode_of_every_module_even_after_an_error(model_folder):
     one, two = load_causal(model_folder), load_scalar(model_folder)
     one.model.layers[0].eval()
-    freeze(two)
+    freeze(two).score.train()
     before = [module.training for module in [*one.modules(), *two.modules()]]
     assert len(set(before)) == 2
     with evaluating(one, two):

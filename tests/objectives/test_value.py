@@ -48,15 +48,19 @@ def test_cases_of_the_clip_by_hand() -> None:
     assert metrics["clip_fraction"].shape == ()
 
 
-def test_clip_fraction_does_not_count_rounding_or_padding() -> None:
+def test_clip_fraction_does_not_count_rounding() -> None:
     """Inside the band the two errors are the same number, to the last bit."""
-    values, old = torch.rand(50, 20) + 100, torch.rand(50, 20) + 100
-    mask = torch.arange(20) < 10
-    _, metrics = clipped_value_loss(values, old, torch.zeros(50, 20), mask.expand(50, 20), clip=1.5)
+    values, old = torch.rand(50, 20) / 10, torch.rand(50, 20)  # old + (value - old) is seldom the value again
+    _, metrics = clipped_value_loss(values, old, torch.zeros(50, 20), torch.ones(50, 20) > 0, clip=1.5)
     assert metrics["clip_fraction"] == 0
-    far = torch.where(mask, values, 1e3).expand(50, 20)
-    _, metrics = clipped_value_loss(far, old, torch.full((50, 20), 1e3), mask.expand(50, 20), clip=1.5)
-    assert metrics["clip_fraction"] == 0
+
+
+def test_clip_fraction_is_a_share_of_counted_tokens() -> None:
+    """One of the two counted tokens is clipped; the two that do not count are neither clipped nor unclipped."""
+    values, returns = torch.tensor([[1.0, 0.1, 1.0, 0.1]]), torch.ones(1, 4)
+    mask = torch.tensor([[True, True, False, False]])
+    _, metrics = clipped_value_loss(values, torch.zeros(1, 4), returns, mask, clip=0.2)
+    assert metrics["clip_fraction"] == 0.5
 
 
 @harness.FEW

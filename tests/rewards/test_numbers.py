@@ -64,8 +64,11 @@ from lit_rlhf.rewards import extract_number
         (r"\frac{1}{2}", 0.5),
         (r"-\dfrac{1}{2}", -0.5),
         (r"\frac{-1}{2}", -0.5),
+        ("\\frac{\u22121}{2}", -0.5),
         ("on 12/05/2024", 2024),
         ("2024/05/12", 12),
+        ("1/2.5", 2.5),
+        ("1/25.5", 25.5),
         ("7, not 1/0", 7),
         ("GPT42", None),
         ("5 moles of H2O", 5),
@@ -83,6 +86,9 @@ from lit_rlhf.rewards import extract_number
         ("#### $1,000.00", 1000),
         ("#### -3", -3),
         ("#### **72.**", 72),
+        ("#### **72** of 80", 72),
+        ("#### **72.** of 80", 72),
+        ("#### $-3 of 80", -3),
         ("#### 72 dollars", 72),
         ("#### 72.\nQuestion: 5 apples", 72),
         ("#### 1\n#### 2", 2),
@@ -100,6 +106,7 @@ from lit_rlhf.rewards import extract_number
         (r"\boxed{\frac{1}{2}}, 7", 0.5),
         (r"\boxed{\boxed{5}}, 7", 5),
         (r"\boxed{\{5\}}, 7", 5),
+        (r"\boxed{5 \} 6}, 7", 6),
         (r"\boxed{3} \boxed{4}, 7", 4),
         (r"\boxed{3} \boxed{x}, 7", 3),
         (r"\boxed{x}, 7", 7),
@@ -167,5 +174,5 @@ def test_no_text_breaks_it(text: str) -> None:
 )
 def test_time_grows_with_the_length_only(piece: str) -> None:
     begin = time.perf_counter()
-    extract_number(piece * (20_000 // len(piece)))
-    assert time.perf_counter() - begin < 2
+    extract_number(piece * (50_000 // len(piece)))
+    assert time.perf_counter() - begin < 5

@@ -1,0 +1,40 @@
+"""Run by test_two_ranks.py in two processes: train a stage under DDP and leave its weights for comparison.
+
+usage: two_ranks.py STAGE MODEL_FOLDER OUT DEVICES
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import arena
+import torch
+
+from lit_rlhf.stages import GRPO, PPO, SFT, Optim
+
+
+def build(name: str, folder: str):
+    """The stage, and one batch for each rank."""
+    if name == "sft":
+        whole = arena.examples(8)
+        parts = [whole.select(torch.arange(start, 8, 2)) for start in (0, 1)]
+        return SFT(folder, optim=Optim(lr=1e-3)), whole, parts
+    knobs = {"rewards": [arena.low_ids], "sampling": arena.SHORT, "epochs": 2, "minibatches": 2, "micro_batch_size": 1}
+    stage = PPO(folder, **knobs, target_kl=0.5) if name == "ppo" else GRPO(folder, **knobs, group_size=2)
+    return stage, arena.prompts(8), [arena.prompts(4, seed=0), arena.prompts(4, seed=1)]
+
+
+def main(name: str, folder: str, out: str, devices: str) -> None:
+    torch.set_num_threads(1)
+    stage, whole, parts = build(name, folder)
+    log = arena.Log()
+    strategy = "ddp" if devices == "2" else "auto"
+    run = arena.trainer(strategy=strategy, devices=int(devices), callbacks=[log], use_distributed_sampler=False)
+    batch = parts[run.global_rank] if devices == "2" else whole
+    run.fit(stage, arena.loader([batch, batch]))
+    torch.save((arena.weights(stage), log.rows[-1]), Path(out) / f"{name}_{devices}_{run.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
