@@ -14,8 +14,8 @@ mkdir -p "$out"
 
 case $name in
   # Context, response length (about fifty words either way), and learning rates by size.
-  stories260K) context=512 tokens=96 sft_lr=5e-4 reward_lr=1e-3 rl_lr=2e-4 batch=64 groups=8 steps=30 ;;
-  stories15M) context=256 tokens=64 sft_lr=1e-4 reward_lr=1e-4 rl_lr=3e-5 batch=32 groups=4 steps=20 ;;
+  stories260K) context=512 tokens=96 sft_lr=5e-4 reward_lr=1e-3 rl_lr=2e-4 batch=64 groups=8 steps=30 draws='0 1' ;;
+  stories15M) context=256 tokens=64 sft_lr=1e-4 reward_lr=1e-4 rl_lr=3e-5 batch=32 groups=4 steps=20 draws=0 ;;
   *) echo "MODEL is $name; expected stories260K or stories15M" >&2; exit 2 ;;
 esac
 model='{"class_path": "lit_rlhf.rewards.RewardModel", "init_args": {"model": "'$out/reward/model'", "normalize": true}}'
@@ -45,8 +45,11 @@ case $step in
   after)
     ending "$out/sft/model" "$out/sft/endings.jsonl" ;;
   pairs)
-    lit-rlhf pairs --policy "$out/sft/model" --prompts "$out/train.jsonl" --reward lit_rlhf.rewards.VaderSentiment \
-      --output "$out/pairs.jsonl" --min_gap 0.1 --batch_size 32 --sampling.max_new_tokens $tokens ;;
+    for draw in $draws; do # a small model needs more pairs
+      lit-rlhf pairs --policy "$out/sft/model" --prompts "$out/train.jsonl" --reward lit_rlhf.rewards.VaderSentiment \
+        --output "$out/pairs_$draw.jsonl" --min_gap 0.1 --batch_size 32 --sampling.max_new_tokens $tokens --seed $draw
+    done
+    cat "$out"/pairs_*.jsonl > "$out/pairs.jsonl" ;;
   reward)
     lit-rlhf fit --config "$here/reward.yaml" --model.model "$out/sft/model" --data.train "$out/pairs.jsonl" \
       --model.optim.lr $reward_lr --trainer.default_root_dir "$out/reward" --export.folder "$out/reward/model" ;;
@@ -61,7 +64,7 @@ case $step in
       --data.batch_size $groups ;;
   words) # a verifiable reward; gold is watched here too
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$words, $gold]" --model.reward_weights '[1, 0]' \
-      --data.batch_size $groups ;;
+      --data.batch_size 8 ;;
   texts) # ten held-out prompts, the first ten, continued by every policy
     for policy in sft ppo_$seed grpo_$seed words_$seed; do
       lit-rlhf generate --model "$out/$policy/model" --prompts "$out/val.jsonl" --limit 10 --batch_size 10 \

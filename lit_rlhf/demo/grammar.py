@@ -26,10 +26,10 @@ DEEDS = ("kind", "plain", "mean")
 
 _TEXTS: dict[str, tuple[str, ...]] = {
     "setting": ("Once there was a {trait} {animal} called {hero}.",),
-    "journey": ("One {time} {he} went to the {place}.",),
+    "journey": ("One {time} {hero} went to the {place}.",),
     "meeting": ("There {he} met {friend} the {friend_animal}.",),
     "find": (
-        "{He} found {a_thing}.",
+        "{hero} found {a_thing}.",
         "{friend} had {a_thing}.",
         "They saw {a_thing} under a tree.",
         "{friend} showed {him} {a_thing}.",

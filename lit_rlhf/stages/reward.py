@@ -12,7 +12,7 @@ from torchmetrics import CatMetric, MeanMetric
 from lit_rlhf.batch import Pairs
 from lit_rlhf.metrics import CalibrationError, PairAccuracy
 from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar, sequence_scores
-from lit_rlhf.objectives import centering_loss, pairwise_loss
+from lit_rlhf.objectives import centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 
@@ -71,8 +71,7 @@ class RewardModeling(LightningModule):
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Sum over prompts of the mean loss of their comparisons; the gradient is divided by the step's prompts."""
         losses, better, worse = self.compare(batch)
-        per_prompt = torch.zeros(len(batch), device=losses.device).index_add(0, batch.groups, losses)
-        total = (per_prompt / batch.groups.bincount(minlength=len(batch))).sum()
+        total = group_mean(losses, batch.groups).sum()
         self.step_prompts += len(batch)
         self.log_dict(
             {

@@ -58,11 +58,16 @@ def test_unknown_key_on_the_command_line(refused) -> None:
         (["--model.critic_lr", "fast"], "model.critic_lr: expected float, got fast"),
         (["--model.network.dtype", "int3"], "model.network.dtype: expected one of 'float32'"),
         (["--trainer.max_steps", "1.5"], "trainer.max_steps: expected int, got 1.5"),
-        (["--model.sampling.temperature", "-1"], "sampling.temperature is -1.0"),
     ],
 )
 def test_wrong_type_or_value(refused, args: list[str], expected: str) -> None:
     assert expected in refused("fit", "--config", "ppo.yaml", *args)[0]
+
+
+def test_value_that_a_stage_refuses(refused) -> None:
+    own = ("--model.model", "base", "--data.train", "sft.jsonl")
+    lines = refused("fit", "--config", "sft.yaml", *own, "--model.sampling.temperature", "-1")
+    assert "sampling.temperature is -1.0" in lines[-1]
 
 
 def test_missing_files(refused, cli, workspace: Path) -> None:
@@ -82,7 +87,7 @@ def test_missing_files(refused, cli, workspace: Path) -> None:
 
 def test_forgotten_arguments(refused) -> None:
     assert set(refused("fit")[0].removeprefix("error: not given: ").split(", ")) == {"model", "data"}
-    assert "not given: data.train" in refused("fit", "--config", "sft.yaml", "--data", "PromptData")[0]
+    assert "not given: data.train" in refused("fit", "--model", "SFT", "--model.model", "m", "--data", "SFTData")[0]
     assert "either --prompt TEXT or --prompts FILE" in refused("generate", "--model", "base")[0]
     assert "not given: reward, output" in refused("pairs", "--policy", "base", "--prompts", "x")[0]
 

@@ -64,21 +64,33 @@ def saved_optimizer(folder: Path) -> tuple[dict, dict, dict]:
     return saved["optimizer_states"][0]["param_groups"][0], saved["lr_schedulers"][0], saved["hyper_parameters"]
 
 
-@pytest.mark.parametrize("lr", [3.0e-6, 5.0e-3])
-def test_on_resume_the_config_wins(cli, sft_run: Path, lr: float) -> None:
-    """The checkpoint was made with lr 3e-6 on a cosine; a new lr (and a new ε) takes its place on the schedule."""
-    root = cli.folder / "runs" / f"resumed-{lr}"
-    cli.fit(
-        "sft.yaml",
-        "sft.jsonl",
-        *("--model.model", "base", "--model.sample_prompts", "0", "--model.optim.eps", "1e-4"),
-        *("--model.optim.lr", str(lr), "--trainer.max_steps", "3", "--trainer.default_root_dir", str(root)),
-        *("--export.folder", "null", "--ckpt_path", str(sft_run / "version_0" / "checkpoints" / "last.ckpt")),
-    )
-    group, schedule, settings = saved_optimizer(root / "version_0")
-    before = saved_optimizer(sft_run / "version_0")[0]
+def plain(root: Path, steps: int, *more: str) -> list[str]:
+    return [
+        *("--model.model", "base", "--model.sample_prompts", "0", "--export.folder", str(root / "model")),
+        *("--trainer.max_steps", str(steps), "--trainer.default_root_dir", str(root), *more),
+    ]
+
+
+def test_on_resume_the_config_wins(cli, sft_run: Path) -> None:
+    """The checkpoint was made with lr 3e-6 on a cosine; a new lr and a new ε take its place on the schedule."""
+    root, last = cli.folder / "runs" / "faster", sft_run / "version_0" / "checkpoints" / "last.ckpt"
+    new = ("--model.optim.lr", "5e-3", "--model.optim.eps", "1e-4", "--ckpt_path", str(last))
+    cli.fit("sft.yaml", "sft.jsonl", *plain(root, 3, *new))
+    before, _, _ = saved_optimizer(sft_run / "version_0")
     assert (before["initial_lr"], before["eps"]) == (3.0e-6, 1.0e-5)
-    assert (group["initial_lr"], group["eps"], schedule["base_lrs"]) == (lr, 1e-4, [lr])
-    assert group["lr"] == pytest.approx(schedule["_last_lr"][0])
-    assert group["lr"] <= lr
-    assert settings["optim"]["lr"] == lr
+    group, schedule, settings = saved_optimizer(root / "version_0")
+    assert (group["initial_lr"], group["eps"], schedule["base_lrs"]) == (5e-3, 1e-4, [5e-3])
+    assert group["lr"] == schedule["_last_lr"][0] <= 5e-3
+    assert settings["optim"]["lr"] == 5e-3
+
+
+def test_a_run_that_is_resumed_from_its_end_is_the_longer_run(cli) -> None:
+    """Two steps and one more give the weights of three, to the last bit: the epoch goes on where max_steps cut it."""
+    constant = ("--model.optim.schedule", "constant", "--model.optim.lr", "1e-3")
+    whole, half, rest = (cli.folder / "runs" / name for name in ("whole", "half", "rest"))
+    cli.fit("sft.yaml", "sft.jsonl", *plain(whole, 3, *constant))
+    cli.fit("sft.yaml", "sft.jsonl", *plain(half, 2, *constant))
+    last = half / "version_0" / "checkpoints" / "last.ckpt"
+    cli.fit("sft.yaml", "sft.jsonl", *plain(rest, 3, *constant, "--ckpt_path", str(last)))
+    weights = [(root / "model" / "model.safetensors").read_bytes() for root in (whole, half, rest)]
+    assert weights[2] == weights[0] != weights[1]

@@ -177,7 +177,7 @@ def test_another_modules_tokenizer_encodes_the_rows_anew(source, monkeypatch):
     fit(data, max_epochs=1)
     before = next(iter(data.train_dataloader())).ids.max()
     shifted = tiny.tiny_tokenizer()
-    shifted.add_tokens(["p"])
+    shifted.add_tokens(["pp"])
     monkeypatch.setattr(tiny, "tiny_tokenizer", lambda: shifted)
     fit(data, max_epochs=1)
     assert next(iter(data.train_dataloader())).ids.max() == len(shifted) - 1 > before

@@ -14,7 +14,7 @@ from lit_rlhf.demo.judge import gold, gold_score, words_used
 from lit_rlhf.demo.reader import read_prompt, read_story
 
 PROMPT = "Tell a story about Mia the fox with a kite and an egg."
-OPENING = "Once there was a shy fox called Mia. One winter she went to the lake. There she met Tom the bear."
+OPENING = "Once there was a shy fox called Mia. One winter Mia went to the lake. There she met Tom the bear."
 KIND = f" {OPENING} Tom had a kite. She gave the kite to Tom. Tom thanked her. They went home hand in hand."
 
 

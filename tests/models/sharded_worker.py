@@ -80,7 +80,7 @@ def work(folder: str, out: Path, lora: bool, mesh: DeviceMesh | None, rank: int)
 def process(rank: int, folder: str, out: Path) -> None:
     """Be one of two processes."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2, timeout=timedelta(minutes=5)
     )
     mesh = init_device_mesh("cpu", (2,))
     found = {kind: work(folder, out / f"two_{kind}", kind == "lora", mesh, rank) for kind in ("whole", "lora")}

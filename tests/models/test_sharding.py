@@ -33,7 +33,7 @@ def test_two_processes_equal_one(tmp_path):
     tests = WORKER.parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     command = [sys.executable, str(WORKER), folder, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     spec = importlib.util.spec_from_file_location("sharded_worker", WORKER)
     worker = importlib.util.module_from_spec(spec)
