@@ -75,25 +75,30 @@ def print_runs(out: Path) -> list[tuple[str, int, Path]]:
 
 
 def draw(out: Path, found: list[tuple[str, int, Path]], picture: Path) -> None:
-    """Gold and proxy against KL, and gold over rollouts: a line a seed."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    """Gold and proxy against KL, a point a rollout; gold and the words reward over rollouts, a line a seed."""
+    figure, grid = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    against_kl, proxy_kl, over_time, words_time = grid.flat
     for kind, seed, run in found:
         training = [row for row in rows(run) if "objective/kl" in row]
-        label = RUNS[kind] if seed == 0 else None
-        style = {"color": COLOURS[kind], "alpha": 0.9 - 0.25 * seed, "label": label}
-        kl = [row["objective/kl"] for row in training]
-        axes[0].plot(kl, [row["rewards/gold/mean"] for row in training], ".-", **style)
-        if kind != "words":
-            axes[1].plot(kl, [row["rewards/reward_model/mean"] for row in training], ".-", **style)
-        axes[2].plot(range(1, len(training) + 1), [row["rewards/gold/mean"] for row in training], **style)
-    names = (("KL(π‖π_ref), nats a response", "gold (VADER)"), ("KL(π‖π_ref), nats a response", "proxy (reward model)"),
-             ("rollouts", "gold (VADER)"))  # fmt: skip
-    for axis, (x, y) in zip(axes, names, strict=True):
-        axis.set(xlabel=x, ylabel=y)
+        kl, steps = [row["objective/kl"] for row in training], range(1, len(training) + 1)
+        gold = [row["rewards/gold/mean"] for row in training]
+        style = {"color": COLOURS[kind], "alpha": 0.9 - 0.25 * seed, "label": RUNS[kind] if seed == 0 else None}
+        against_kl.plot(kl, gold, ".", **style)
+        over_time.plot(steps, gold, **style)
+        if kind == "words":
+            words_time.plot(steps, [row["rewards/words/mean"] for row in training], **style)
+        else:
+            proxy_kl.plot(kl, [row["rewards/reward_model/mean"] for row in training], ".", **style)
+    kl_label = "KL(π‖π_ref), nats a response"
+    against_kl.set(xlabel=kl_label, ylabel="gold (VADER)")
+    proxy_kl.set(xlabel=kl_label, ylabel="proxy (reward model), standard deviations")
+    over_time.set(xlabel="rollouts", ylabel="gold (VADER)")
+    words_time.set(xlabel="rollouts", ylabel="share of the given words used again")
+    for axis in grid.flat:
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(f"{out.name}: rollouts of training, a line a seed")
-    figure.savefig(picture, dpi=110)
+    against_kl.legend()
+    figure.suptitle(f"{out.name}: rollouts of training; paler = another seed")
+    figure.savefig(picture, dpi=100)
     plt.close(figure)
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 class Checkpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with the state in which training ends and with what validation found.
 
-    Lightning's saves every n steps: the steps after the last multiple of n are in no checkpoint. And it saves before the
+    Lightning's saves every n steps: those after the last multiple of n are in no checkpoint. And it saves before the
     validation of the same step, which is where a reward model learns the mean of its scores.
     """
 

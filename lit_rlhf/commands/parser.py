@@ -117,7 +117,8 @@ class FriendlyParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Explain what is wrong, and exit."""
-        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG") == "true":  # a parser inside another one is silent
+        inner = not self.exit_on_error  # a parser inside another one: only the outermost speaks
+        if inner or os.environ.get("JSONARGPARSE_DEBUG") == "true":
             super().error(message, ex)
         readable = "Problems parsing config" not in message  # the YAML reader's own words have line and column
         lines = dict.fromkeys(self._explain(problem) for problem in problems(message)) if readable else ()

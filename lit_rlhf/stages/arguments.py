@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 
 GroupT = TypeVar("GroupT")
+OBJECTS = ("rewards", "sampler")
 _DROP = object()
 
 
@@ -31,14 +32,15 @@ def _plain(value: Any) -> Any:
 def remember(module: LightningModule, arguments: dict[str, Any]) -> None:
     """Save a stage's constructor arguments as its hyperparameters, plain values only.
 
-    Objects (reward functions, a sampler) have no plain form and are left out: who loads the checkpoint in Python passes
-    them again, ``PPO.load_from_checkpoint(path, rewards=[...])``.
+    Rewards and samplers are objects and left out: who loads the checkpoint in Python passes them again,
+    ``PPO.load_from_checkpoint(path, rewards=[...])``.
 
     Args:
         module: the stage under construction.
         arguments: ``locals()`` of its constructor.
     """
-    kept = {key: _plain(value) for key, value in arguments.items() if key != "self" and not key.startswith("__")}
+    left_out = ("self", "__class__", *OBJECTS)
+    kept = {key: _plain(value) for key, value in arguments.items() if key not in left_out}
     stage = f"{type(module).__module__}.{type(module).__qualname__}"  # so that a checkpoint says what made it
     module.save_hyperparameters({"_class_path": stage, **{key: v for key, v in kept.items() if v is not _DROP}})
 

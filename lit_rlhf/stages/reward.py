@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import CatMetric, MeanMetric
+from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Pairs
-from lit_rlhf.metrics import CalibrationError, PairAccuracy
+from lit_rlhf.metrics import CalibrationError, PairAccuracy, ScoreMoments
 from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar, sequence_scores
 from lit_rlhf.objectives import centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
@@ -35,7 +35,7 @@ class RewardModeling(LightningModule):
 
     score_mean: Tensor
     score_std: Tensor
-    score_count: Tensor
+    was_validated: Tensor
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class RewardModeling(LightningModule):
         keep_adapters_only(self, ["reward"])
         self.margin, self.center = margin, center
         self.step_prompts = 0.0
-        for name, value in (("score_mean", 0.0), ("score_std", 1.0), ("score_count", 0.0)):
+        for name, value in (("score_mean", 0.0), ("score_std", 1.0), ("was_validated", False)):
             self.register_buffer(name, torch.tensor(value))
         self.val_loss, self.val_accuracy, self.val_calibration = MeanMetric(), PairAccuracy(), CalibrationError()
-        self.val_scores = CatMetric()
+        self.val_scores = ScoreMoments()
 
     def compare(self, batch: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each comparison [M], and the scores of its two responses [M]; each response is read once."""
@@ -101,10 +101,10 @@ class RewardModeling(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out metrics; note mean and spread of the scores, which are saved with the model."""
-        scores = self.val_scores.compute()
-        self.score_mean.copy_(scores.mean())
-        self.score_std.copy_(scores.std(correction=0))
-        self.score_count.fill_(scores.numel())
+        mean, std = self.val_scores.compute()
+        self.score_mean.copy_(mean)
+        self.score_std.copy_(std)
+        self.was_validated.fill_(True)
         to = "test" if self.trainer.testing else "val"
         self.log_dict(
             {
@@ -141,6 +141,5 @@ class RewardModeling(LightningModule):
         """
         if not merge:
             raise ValueError("a reward model is exported whole, with its adapters merged: leave merge at true")
-        seen = bool(self.score_count > 0)
-        mean, std = (float(self.score_mean), float(self.score_std)) if seen else (None, None)
+        mean, std = (float(self.score_mean), float(self.score_std)) if self.was_validated else (None, None)
         save_scalar(self.reward, self.tokenizer, folder, mean=mean, std=std)

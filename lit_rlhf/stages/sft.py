@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Examples, Prompts
+from lit_rlhf.metrics import Perplexity, TokenAccuracy
 from lit_rlhf.models import Network, keep_adapters_only, load_causal, load_tokenizer, next_token_logprobs, save_folder
 from lit_rlhf.objectives import next_token_loss
 from lit_rlhf.rollout import GenerateSampler, Sampling
@@ -60,27 +60,23 @@ class SFT(LightningModule):
         self.samples: list[dict[str, Any]] = []
         self.step_tokens = 0.0
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
-        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        self.val_perplexity, self.val_accuracy = Perplexity(), TokenAccuracy()
 
     def read(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the negative log-likelihood over learned tokens, the number right by argmax, and their count."""
+        """Log-probability of each next token, whether it was the likeliest, and whether it is learned; [B, L − 1]."""
         logprobs, correct = next_token_logprobs(self.policy, batch.ids, batch.mask)
-        mask = batch.loss_mask[:, 1:] & batch.mask[:, 1:]
-        return next_token_loss(logprobs, mask, 1.0), (correct & mask).sum(), mask.sum()
+        return logprobs, correct, batch.loss_mask[:, 1:] & batch.mask[:, 1:]
 
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         """Sum of the batch's negative log-likelihood; the step's gradient is divided by its tokens before clipping."""
-        total, correct, count = self.read(batch)
+        logprobs, correct, mask = self.read(batch)
+        total, count = next_token_loss(logprobs, mask, 1.0), mask.sum()
         self.step_tokens += float(count)
         self.tokens += count
         mean = total.detach() / count.clamp(min=1)
+        accuracy = (correct & mask).sum() / count.clamp(min=1)
         self.log_dict(
-            {
-                "loss": mean,
-                "perplexity": mean.exp(),
-                "token_accuracy": correct / count.clamp(min=1),
-                "tokens": self.tokens.float(),
-            }
+            {"loss": mean, "perplexity": mean.exp(), "token_accuracy": accuracy, "tokens": self.tokens.float()}
         )
         return total * self.trainer.accumulate_grad_batches  # Lightning divides by it; the count below is the true one
 
@@ -96,18 +92,20 @@ class SFT(LightningModule):
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         """Held-out loss, perplexity and accuracy over all tokens; a few sampled continuations."""
-        total, correct, count = self.read(batch)
-        self.val_loss.update(total / count.clamp(min=1), count)
-        self.val_accuracy.update(correct / count.clamp(min=1), count)
+        logprobs, correct, mask = self.read(batch)
+        self.val_perplexity.update(logprobs, mask)
+        self.val_accuracy.update(correct, mask)
         if batch_idx == 0 and self.sample_prompts:
             self.show_samples(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the token-weighted means of the whole held-out set."""
-        loss, to = self.val_loss.compute(), "test" if self.trainer.testing else "val"
+        perplexity, to = self.val_perplexity.compute(), "test" if self.trainer.testing else "val"
         accuracy = self.val_accuracy.compute()
-        self.log_dict({f"{to}/loss": loss, f"{to}/perplexity": loss.exp(), f"{to}/token_accuracy": accuracy})
-        self.val_loss.reset()
+        self.log_dict(
+            {f"{to}/loss": perplexity.log(), f"{to}/perplexity": perplexity, f"{to}/token_accuracy": accuracy}
+        )
+        self.val_perplexity.reset()
         self.val_accuracy.reset()
 
     def show_samples(self, batch: Examples) -> None:

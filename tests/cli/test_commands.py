@@ -185,19 +185,9 @@ def test_predict_writes_its_rows(cli, sft_run: Path) -> None:
 
 
 def test_test_reports_held_out_metrics(cli, reward_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overlay = ("--config", "tiny.yaml", "--trainer.enable_progress_bar", "false")
+    overlay = ("--config", "tiny.yaml", "--trainer.enable_progress_bar", "false", "--data.train", "pref.jsonl")
     root = ("--trainer.default_root_dir", "runs/tested")
-    cli(
-        "test",
-        "--config",
-        "reward.yaml",
-        *overlay,
-        *root,
-        "--model.model",
-        "runs/reward/model",
-        "--data.train",
-        "pref.jsonl",
-    )
+    cli("test", "--config", "reward.yaml", *overlay, *root, "--model.model", "runs/reward/model")
     assert "accuracy" in capsys.readouterr().out
 
 

@@ -194,6 +194,6 @@ def test_no_text_breaks_it(text: str) -> None:
     "piece", ["1,", "9", "1,234,", "(", r"\boxed{", "#### ", "1/", "e1", r"\frac{1}{", "-", "$ ", "{", "}", "a1", ".5"]
 )
 def test_time_grows_with_the_length_only(piece: str) -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     extract_number(piece * (50_000 // len(piece)))
-    assert time.perf_counter() - begin < 5
+    assert time.thread_time() - begin < 5

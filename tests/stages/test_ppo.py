@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from lit_rlhf.models import Lora, Network, load_scalar, response_values, token_logprobs
-from lit_rlhf.rewards import MissingEOS
+from lit_rlhf.rewards import ContainsWords, MissingEOS
 from lit_rlhf.rollout import Sampling
 from lit_rlhf.stages import PPO, Optim
 
@@ -189,3 +189,12 @@ def test_validation_judges_held_out_prompts_greedily_and_sampled(model_folder):
     assert stage.samples[0]["prompt"] == "prompt 0"
     again = arena.trainer().validate(stage, arena.loader([arena.prompts(4), arena.prompts(3, seed=1)]), verbose=False)
     assert again == metrics
+
+
+def test_a_checkpoint_loads_with_rewards_that_are_dataclasses(model_folder, tmp_path):
+    """Rules are dataclasses, which must not end up in the hyperparameters as dicts."""
+    run = arena.fit(ppo(model_folder, [ContainsWords(words=["a"])]), [arena.prompts(4)])
+    run.save_checkpoint(tmp_path / "ppo.ckpt")
+    assert "rewards" not in torch.load(tmp_path / "ppo.ckpt", weights_only=True)["hyper_parameters"]
+    again = PPO.load_from_checkpoint(tmp_path / "ppo.ckpt", rewards=[ContainsWords(words=["a"])])
+    assert again.sampling == arena.SHORT
