@@ -4,7 +4,7 @@
 #   bash benchmarks/stories/run.sh DATA OUT MODEL STEP [SEED]
 #
 # DATA holds models/{stories260K,stories15M} and sft/tinystories_{train,val}.jsonl.gz. MODEL is one of the two.
-# STEP: prompts, before, sft, after, pairs, reward, start, ppo, grpo, words, texts; `all` makes them all for SEED.
+# STEP: prompts, before, sft, after, pairs, reward, start, ppo, grpo, words, topic, texts; `all` makes them all for SEED.
 # Results land in OUT/MODEL/STEP (RL: STEP_SEED); benchmarks/stories/report.py reads them.
 set -euo pipefail
 data=$1 out=$2/$3 base=$1/models/$3 name=$3 step=$4 seed=${5:-0}
@@ -20,7 +20,8 @@ case $name in
 esac
 model='{"class_path": "lit_rlhf.rewards.RewardModel", "init_args": {"model": "'$out/reward/model'", "normalize": true}}'
 gold='{"class_path": "lit_rlhf.rewards.VaderSentiment", "init_args": {"name": "gold"}}'
-words='{"class_path": "lit_rlhf.rewards.ContainsWords", "init_args": {"name": "words"}}'
+given='{"class_path": "lit_rlhf.rewards.ContainsWords", "init_args": {"words": ["bird", "tree", "ball"], "name": "words"}}'
+topic='{"class_path": "lit_rlhf.rewards.ContainsWords", "init_args": {"column": "words", "name": "topic"}}'
 stories="--data.train $data/sft/tinystories_train.jsonl.gz --data.val $data/sft/tinystories_val.jsonl.gz"
 rl="--model.model $out/sft/model --data.train $out/train.jsonl --data.val $out/val.jsonl --model.optim.lr $rl_lr"
 rl="$rl --model.sampling.max_new_tokens $tokens --model.seed $seed --seed_everything $seed"
@@ -54,16 +55,19 @@ case $step in
     lit-rlhf fit --config "$here/reward.yaml" --model.model "$out/sft/model" --data.train "$out/pairs.jsonl" \
       --model.optim.lr $reward_lr --trainer.default_root_dir "$out/reward" --export.folder "$out/reward/model" ;;
   start) # where RL starts from: the SFT policy, judged on the held-out prompts as the runs below are
-    lit-rlhf validate --config "$here/ppo.yaml" $rl --model.rewards "[$model, $gold, $words]" \
-      --model.reward_weights '[1, 0, 0]' ;;
+    lit-rlhf validate --config "$here/ppo.yaml" $rl --model.rewards "[$model, $gold, $given, $topic]" \
+      --model.reward_weights '[1, 0, 0, 0]' ;;
   ppo) # against the reward model; gold is watched
     lit-rlhf fit --config "$here/ppo.yaml" $rl --model.critic "$out/reward/model" --model.rewards "[$model, $gold]" \
       --model.reward_weights '[1, 0]' --data.batch_size $batch ;;
   grpo) # the same reward, the same number of responses
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size $groups ;;
-  words) # a verifiable reward; gold is watched here too
-    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$words, $gold]" --model.reward_weights '[1, 0]' \
+  words) # a verifiable reward: use the given words, the same for every story; gold is watched here too
+    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$given, $gold]" --model.reward_weights '[1, 0]' \
+      --data.batch_size 8 --model.epochs 2 --model.minibatches 2 --model.kl_coef 0.05 ;;
+  topic) # a harder one: use again what the prompt was about, other words for every story
+    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$topic, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size 8 --model.epochs 2 --model.minibatches 2 --model.kl_coef 0.05 --trainer.max_steps $((2 * steps)) ;;
   texts) # ten held-out prompts, the first ten, continued by every policy
     for policy in sft ppo_$seed grpo_$seed words_$seed; do

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lit_rlhf.batch import Prompts
 from lit_rlhf.models import Network, load_causal, token_logprobs
@@ -69,6 +70,17 @@ def test_prompts_columns_and_texts_travel_along(policy, tokenizer):
     assert rollout.columns == prompts.columns
     for text, ids, mask in zip(rollout.completions, rollout.response_ids, rollout.mask, strict=True):
         assert text == tokenizer.decode(ids[mask & (ids > 2)])
+
+
+def test_a_response_keeps_the_blank_it_begins_with(policy):
+    words = ["<pad>", "<s>", "</s>", *(f"▁{word}" for word in "abcdefghij")]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.decoder = decoders.Metaspace()  # as Llama's: the first word of a text loses its blank
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    assert tokenizer.decode([5, 6]) == "c d"
+    rollout = draw(policy, tokenizer, prompts_of([[1, 5, 6], [7]] * 10))
+    for text, ids, mask in zip(rollout.completions, rollout.response_ids, rollout.mask, strict=True):
+        assert text == "".join(words[i].replace("▁", " ") for i in ids[mask & (ids > 2)])
 
 
 def test_padding_that_equals_a_stop_token_hides_no_ending(policy, tokenizer):
