@@ -14,8 +14,8 @@ mkdir -p "$out"
 
 case $name in
   # Context, response length (about fifty words either way), and learning rates by size.
-  stories260K) context=512 tokens=96 sft_lr=5e-4 reward_lr=1e-3 rl_lr=2e-4 batch=64 groups=8 steps=30 draws='0 1' ;;
-  stories15M) context=256 tokens=64 sft_lr=1e-4 reward_lr=1e-4 rl_lr=3e-5 batch=32 groups=4 steps=20 draws=0 ;;
+  stories260K) context=512 tokens=96 sft_lr=5e-4 reward_lr=1e-3 rl_lr=2e-4 batch=64 groups=8 steps=30 draws='0 1' words_kl=0.15 ;;
+  stories15M) context=256 tokens=64 sft_lr=1e-4 reward_lr=1e-4 rl_lr=3e-5 batch=32 groups=4 steps=20 draws=0 words_kl=0.05 ;;
   *) echo "MODEL is $name; expected stories260K or stories15M" >&2; exit 2 ;;
 esac
 model='{"class_path": "lit_rlhf.rewards.RewardModel", "init_args": {"model": "'$out/reward/model'", "normalize": true}}'
@@ -65,7 +65,7 @@ case $step in
       --data.batch_size $groups ;;
   words) # a verifiable reward: use the given words, the same for every story; gold is watched here too
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$given, $gold]" --model.reward_weights '[1, 0]' \
-      --data.batch_size 8 --model.epochs 2 --model.minibatches 2 --model.kl_coef 0.05 ;;
+      --data.batch_size 8 --model.epochs 2 --model.minibatches 2 --model.kl_coef $words_kl ;;
   topic) # a harder one: use again what the prompt was about, other words for every story
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$topic, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size 8 --model.epochs 2 --model.minibatches 2 --model.kl_coef 0.05 --trainer.max_steps $((2 * steps)) ;;

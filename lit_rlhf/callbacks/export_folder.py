@@ -22,7 +22,7 @@ class ExportFolder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the folder."""
-        if False:
+        if getattr(trainer, "fast_dev_run", False):
             return
         folder = self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "export")
         pl_module.export(folder, merge=self.merge)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .grammar import ANIMALS, DEEDS, ENDINGS, NAMES, PLACES, TEMPLATES, THINGS, TIMES, TRAITS, Cast, with_article
+from .grammar import ANIMALS, DEEDS, ENDINGS, HE, NAMES, PLACES, SHE, TEMPLATES, THINGS, TIMES, TRAITS, Cast, with_article
 from .judge import gold_score
 from .reader import read_prompt
 
@@ -66,7 +66,7 @@ def _fresh(cast: Cast, words: tuple[str, str], rng: random.Random) -> dict[str, 
         "time": rng.choice(TIMES),
         "place": rng.choice(PLACES),
         "a_thing": with_article(rng.choice(words if asked else THINGS)),
-        "friend": rng.choice([name for name in NAMES if name != cast.hero]),
+        "friend": rng.choice(HE if cast.hero in SHE else SHE),
         "friend_animal": rng.choice([animal for animal in ANIMALS if animal != cast.animal]),
     }
 

@@ -29,7 +29,7 @@ _TEXTS: dict[str, tuple[str, ...]] = {
     "journey": ("One {time} {hero} went to the {place}.",),
     "meeting": ("There {he} met {friend} the {friend_animal}.",),
     "find": (
-        "{hero} found {a_thing}.",
+        "{He} found {a_thing}.",
         "{friend} had {a_thing}.",
         "They saw {a_thing} under a tree.",
         "{friend} showed {him} {a_thing}.",
@@ -64,15 +64,15 @@ _TEXTS: dict[str, tuple[str, ...]] = {
     "glad": ("{friend} smiled.", "{friend} thanked {him}.", "{friend} jumped for joy."),
     "sorry": ("{friend} cried.", "{friend} was hurt.", "{friend} looked at {friend_his} feet."),
     "happy_end": (
-        "{hero} and {friend} became best friends.",
+        "{friend} and {hero} became best friends.",
         "They went home hand in hand.",
         "At night they both fell asleep with a smile.",
     ),
-    "plain_end": ("Then {hero} went home.", "Soon it was dark and {he} went to bed."),
+    "plain_end": ("Then {he} went home.", "Soon it was dark and {he} went to bed."),
     "sad_end": (
-        "{hero} went home alone.",
+        "{He} went home alone.",
         "{friend} did not want to see {him} again.",
-        "At night {hero} cried in {his} bed.",
+        "At night {he} cried in {his} bed.",
     ),
 }  # fmt: skip
 
@@ -156,7 +156,7 @@ class Template:
         """Whether words read from a sentence agree with the cast: names, pronouns, "the thing", a new friend."""
         known = cast.words()
         if self.role == "meeting":
-            return slots["friend"] != cast.hero and slots["he"] == known["he"]
+            return (slots["friend"] in SHE) != (cast.hero in SHE) and slots["he"] == known["he"]
         return all(known.get(slot) == word for slot, word in slots.items() if slot in _AGREEING)
 
 

@@ -159,11 +159,11 @@ def train_grpo(run: Path, sizes: Sizes, seed: int) -> None:
         reward_weights=[1.0, 1.0, 0.0],
         missing_eos=MissingEOS(penalty=3.0),
         sampling=Sampling(max_new_tokens=LONGEST),
-        optim=Optim(lr=1e-3),
+        optim=Optim(lr=5e-4),
         group_size=8,
         epochs=2,
         minibatches=2,
-        kl_coef=0.04,
+        kl_coef=0.1,
         seed=seed,
     )
     data = PromptData(str(run / "data/prompts.jsonl"), val_fraction=0, batch_size=12, seed=seed)
