@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +22,7 @@ from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import forget_in_checkpoints, keep_adapters_only
 from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
+from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.updates import Updates
 
@@ -68,17 +68,8 @@ class InnerLoop(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse the Trainer settings that would quietly train something else."""
-        if self.trainer.accumulate_grad_batches > 1:
-            raise MisconfigurationException(
-                "trainer.accumulate_grad_batches would accumulate over rollouts. To bound memory set "
-                "model.micro_batch_size: it splits a minibatch without changing the result."
-            )
-        if "true" in str(self.trainer.precision) and "32" not in str(self.trainer.precision):
-            raise MisconfigurationException(
-                f"precision={self.trainer.precision} keeps weights and optimizer state in half precision: rotary "
-                "tables lose their digits and small updates round to nothing. Use precision='bf16-mixed', and "
-                "frozen_dtype='bfloat16' to halve the frozen networks."
-            )
+        refuse_accumulation(self.trainer)
+        refuse_half_precision_weights(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""

@@ -14,6 +14,7 @@ from lit_rlhf.metrics import CalibrationError, PairAccuracy, ScoreMoments
 from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar, sequence_scores
 from lit_rlhf.objectives import centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 
 
@@ -67,6 +68,10 @@ class RewardModeling(LightningModule):
         better, worse = scores[batch.better], scores[batch.worse]
         losses = pairwise_loss(better, worse, margin=batch.margin if self.margin else None)
         return losses + self.center * centering_loss(better, worse), better, worse
+
+    def on_fit_start(self) -> None:
+        """Refuse the Trainer settings that would quietly train something else."""
+        refuse_half_precision_weights(self.trainer)
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Sum over prompts of the mean loss of their comparisons; the gradient is divided by the step's prompts."""

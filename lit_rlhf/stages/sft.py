@@ -15,6 +15,7 @@ from lit_rlhf.models import Network, keep_adapters_only, load_causal, load_token
 from lit_rlhf.objectives import next_token_loss
 from lit_rlhf.rollout import GenerateSampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.measure import answer
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.seeds import seed_for
@@ -66,6 +67,10 @@ class SFT(LightningModule):
         """Log-probability of each next token, whether it was the likeliest, and whether it is learned; [B, L − 1]."""
         logprobs, correct = next_token_logprobs(self.policy, batch.ids, batch.mask)
         return logprobs, correct, batch.loss_mask[:, 1:] & batch.mask[:, 1:]
+
+    def on_fit_start(self) -> None:
+        """Refuse the Trainer settings that would quietly train something else."""
+        refuse_half_precision_weights(self.trainer)
 
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         """Sum of the batch's negative log-likelihood; the step's gradient is divided by its tokens before clipping."""

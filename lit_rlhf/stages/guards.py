@@ -1,0 +1,33 @@
+"""Trainer settings that would quietly train something else, refused with what to use instead."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+def refuse_half_precision_weights(trainer: Trainer) -> None:
+    """Refuse precisions that hold weights and optimizer state in half precision.
+
+    Raises:
+        MisconfigurationException: ``trainer.precision`` is bf16-true, 16-true or the like.
+    """
+    precision = str(trainer.precision)
+    if precision.endswith("true") and not precision.startswith(("32", "64")):
+        raise MisconfigurationException(
+            f"precision={precision} keeps weights and optimizer state in half precision: rotary tables lose digits "
+            "and small updates round to nothing. Use precision='bf16-mixed'; frozen networks may be bfloat16."
+        )
+
+
+def refuse_accumulation(trainer: Trainer) -> None:
+    """Refuse gradient accumulation where one batch is a whole rollout.
+
+    Raises:
+        MisconfigurationException: ``trainer.accumulate_grad_batches`` is above 1.
+    """
+    if trainer.accumulate_grad_batches > 1:
+        raise MisconfigurationException(
+            "trainer.accumulate_grad_batches would accumulate over rollouts. To bound memory set "
+            "model.micro_batch_size: it splits a minibatch without changing the result."
+        )
