@@ -16,7 +16,7 @@ from lit_rlhf.rollout import GenerateSampler, Sampling
 from .judge import gold, words_used
 from .reader import read_story
 
-BATCH = 128
+BATCH = 256
 LONGEST = 96  # tokens of a response; the longest story of the corpus has 88
 
 

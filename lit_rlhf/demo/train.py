@@ -37,9 +37,9 @@ class Sizes:
     """How much of everything the demo makes and trains."""
 
     stories: int = 6000
-    sft_steps: int = 1500
-    pairs: int = 1500
-    reward_steps: int = 200
+    sft_steps: int = 2000
+    pairs: int = 3000
+    reward_steps: int = 300
     prompts: int = 2000
     rl_steps: int = 60
     held_out: int = 256
@@ -140,7 +140,7 @@ def train_ppo(run: Path, sizes: Sizes, seed: int) -> None:
         critic=str(run / "reward"),
         missing_eos=MissingEOS(penalty=3.0),
         sampling=Sampling(max_new_tokens=LONGEST),
-        optim=Optim(lr=1e-3, eps=1e-5),
+        optim=Optim(lr=7e-4, eps=1e-5, schedule="linear", warmup_steps=5),
         epochs=4,
         kl_coef=0.05,
         seed=seed,
@@ -159,7 +159,8 @@ def train_grpo(run: Path, sizes: Sizes, seed: int) -> None:
         reward_weights=[1.0, 1.0, 0.0],
         missing_eos=MissingEOS(penalty=3.0),
         sampling=Sampling(max_new_tokens=LONGEST),
-        optim=Optim(lr=5e-4),
+        optim=Optim(lr=3e-4, schedule="linear"),
+        advantage_scale="none",
         group_size=8,
         epochs=2,
         minibatches=2,

@@ -69,7 +69,9 @@ def test_make_knows_the_two_set_up_commands() -> None:
 
 def test_the_python_example_runs(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    code = code.replace("my/sft/folder", "base").replace("my/grpo/folder", "example").replace("prompts.jsonl", "sft.jsonl")
+    code = (
+        code.replace("my/sft/folder", "base").replace("my/grpo/folder", "example").replace("prompts.jsonl", "sft.jsonl")
+    )
     code = code.replace("max_steps=100", "max_steps=1, accelerator='cpu', logger=False, enable_checkpointing=False")
     code = code.replace("max_new_tokens=128", "max_new_tokens=6")
     monkeypatch.chdir(cli.folder)

@@ -89,7 +89,7 @@ def test_a_gain_on_few_prompts_only_is_not_clear() -> None:
 def test_texts_stand_under_their_prompt() -> None:
     shown = side_by_side([SFT, measured()], count=2)
     assert shown.splitlines()[:3] == ["prompt 0", "  SFT:  [+0.00] SFT story 0", "  PPO:  [+1.00] PPO story 0"]
-    assert "prompt 1" in shown
+    assert shown.splitlines()[4:6] == ["prompt 1", "  SFT:  [+1.00] SFT story 1"]
     assert "prompt 2" not in shown
 
 

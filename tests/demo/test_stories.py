@@ -85,8 +85,8 @@ def test_a_foreign_prompt_is_refused() -> None:
 def test_gold_marks_by_hand() -> None:
     kind, happy, word = 1.0, 1.0, 0.5
     assert gold_score(PROMPT, KIND) == kind + happy + word
-    assert gold_score(PROMPT, KIND.replace("They went home hand in hand.", "Then Mia went home.")) == kind + word
-    assert gold_score(PROMPT, KIND.replace("They went home hand in hand.", "Mia went home alone.")) == kind + word - 1
+    assert gold_score(PROMPT, KIND.replace("They went home hand in hand.", "Then she went home.")) == kind + word
+    assert gold_score(PROMPT, KIND.replace("They went home hand in hand.", "She went home alone.")) == kind + word - 1
     assert gold_score(PROMPT, KIND.replace(" They went home hand in hand.", "")) == kind + word - 1
     assert gold_score(PROMPT, KIND.replace("kite", "drum")) == kind + happy
     assert gold_score(PROMPT, KIND.replace("kite", "kites")) == happy - 2  # two broken sentences and no kind deed
@@ -120,7 +120,7 @@ def test_a_cut_off_sentence_costs() -> None:
 
 def test_pairs_are_labelled_by_bradley_and_terry() -> None:
     """With a lead of one point and noise ½ the better story is chosen with probability σ(2) = 0.88."""
-    plain = KIND.replace("They went home hand in hand.", "Then Mia went home.")
+    plain = KIND.replace("They went home hand in hand.", "Then she went home.")
     rows = label_pairs([PROMPT] * 8000, [KIND, plain] * 4000, seed=0)
     assert sum(row["chosen"] == KIND for row in rows) / len(rows) == pytest.approx(0.8808, abs=0.015)
     assert all({row["chosen"], row["rejected"]} == {KIND, plain} for row in rows)
@@ -128,7 +128,7 @@ def test_pairs_are_labelled_by_bradley_and_terry() -> None:
 
 
 def test_pairs_without_noise_follow_the_judge_and_ties_of_text_are_left_out() -> None:
-    plain = KIND.replace("They went home hand in hand.", "Then Mia went home.")
+    plain = KIND.replace("They went home hand in hand.", "Then she went home.")
     rows = label_pairs([PROMPT] * 6, [KIND, plain, plain, KIND, KIND, KIND], seed=0, noise=1e-3)
     assert [row["chosen"] for row in rows] == [KIND, KIND]
 
