@@ -9,7 +9,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .grammar import ANIMALS, DEEDS, ENDINGS, HE, NAMES, PLACES, SHE, TEMPLATES, THINGS, TIMES, TRAITS, Cast, with_article
+from .grammar import (
+    ANIMALS,
+    DEEDS,
+    ENDINGS,
+    HE,
+    NAMES,
+    PLACES,
+    SHE,
+    TEMPLATES,
+    THINGS,
+    TIMES,
+    TRAITS,
+    Cast,
+    with_article,
+)
 from .judge import gold_score
 from .reader import read_prompt
 

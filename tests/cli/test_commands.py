@@ -165,7 +165,7 @@ def test_every_option_of_a_command_is_explained(cli, name: str, capsys: pytest.C
     assert stopped.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for option in inspect.signature(command(name)).parameters:
-        explained = re.search(rf"\n        {option}: (.{{12}})", str(command(name).__doc__))
+        explained = re.search(rf"\n        {option}: (.{{9}})", str(command(name).__doc__))
         assert f"--{option}" in shown
         assert explained is not None, option
         assert explained[1] in shown, option
