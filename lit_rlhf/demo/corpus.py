@@ -32,6 +32,9 @@ ANSWERS = {"kind": "glad", "mean": "sorry"}
 
 def make_prompts(count: int, seed: int) -> list[str]:
     """Make different prompts, each with a hero, an animal and two things the story should use."""
+    there_are = len(NAMES) * len(ANIMALS) * len(THINGS) * (len(THINGS) - 1)
+    if count > there_are:
+        raise ValueError(f"{count} different prompts were asked for; there are {there_are}")
     rng = random.Random(f"prompts {seed}")
     prompts: dict[str, None] = {}
     while len(prompts) < count:

@@ -17,7 +17,8 @@ from .judge import gold, words_used
 from .reader import read_story
 
 BATCH = 256
-LONGEST = 96  # tokens of a response; the longest story of the corpus has 88
+# For every policy, in training and afterwards. The longest story of the corpus has 88 tokens.
+SAMPLING = Sampling(max_new_tokens=96, temperature=0.8)
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,24 @@ def sample(folder: str, rows: str, seed: int, samples: int = 1) -> list[Rollout]
     data = PromptData(rows, val=rows, limit=1, tokenizer=folder, val_batch_size=BATCH // samples)
     data.setup("validate")
     return [
-        sampler(policy, tokenizer, batch.repeat(samples), Sampling(max_new_tokens=LONGEST), seed=seed * 1000 + number)
+        sampler(policy, tokenizer, batch.repeat(samples), SAMPLING, seed=seed * 1000 + number)
         for number, batch in enumerate(data.val_dataloader())
     ]
 
 
 @torch.no_grad()
-def measure(name: str, folder: str, *, reference: str, reward: str, rows: str, seed: int) -> Measured:
+def measure(name: str, folder: str, *, start: str, reward: str, rows: str, seed: int) -> Measured:
     """Answer every held-out prompt once and measure the answers.
 
     Args:
         name: What to call the policy.
         folder: The policy.
-        reference: The SFT policy, which KL is measured against.
+        start: The SFT policy, which KL is measured against.
         reward: The reward model.
         rows: JSON lines with the held-out prompts.
         seed: Of the draws.
     """
-    policy, sft = load_causal(folder).eval(), load_causal(reference).eval()
+    policy, sft = load_causal(folder).eval(), load_causal(start).eval()
     proxy = RewardModel(reward, normalize=True, batch_size=BATCH)
     found = Measured(name, [], [], [], [], [], [], [], [])
     for rollout in sample(folder, rows, seed):
@@ -76,7 +77,8 @@ def measure(name: str, folder: str, *, reference: str, reward: str, rows: str, s
         found.texts.extend(texts)
         found.gold.extend(gold(prompts, texts))
         found.proxy.extend(proxy.score_rollout(rollout).tolist())
-        found.kl.extend((token_logprobs(policy, rollout) - token_logprobs(sft, rollout)).sum(dim=1).tolist())
+        logprobs, reference = (token_logprobs(m, rollout, temperature=SAMPLING.temperature) for m in (policy, sft))
+        found.kl.extend((logprobs - reference).sum(dim=1).tolist())
         found.words.extend(words_used(prompts, texts))
         found.finished.extend(ended)
         found.well_formed.extend(end and read.well_formed for end, read in zip(ended, readings, strict=True))

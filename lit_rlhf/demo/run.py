@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .train import Sizes
 
-FAST = {"stories": 600, "sft_steps": 60, "pairs": 60, "reward_steps": 10, "prompts": 60, "rl_steps": 3, "held_out": 16}
+FAST = {"stories": 600, "sft_steps": 60, "pairs": 60, "reward_steps": 10, "prompts": 64, "rl_steps": 3, "held_out": 16}
 
 
 def main(folder: str = "lit_rlhf_demo", seed: int = 0, fast: bool = False) -> int:
@@ -109,7 +109,7 @@ def conclude(run: Path, seed: int) -> tuple[bool, str]:
     from .picture import draw, read_curves
     from .report import judge_policy, side_by_side, summary, write
 
-    paths = {"reference": str(run / "sft"), "reward": str(run / "reward"), "rows": str(run / "data/held_out.jsonl")}
+    paths = {"start": str(run / "sft"), "reward": str(run / "reward"), "rows": str(run / "data/held_out.jsonl")}
     results = [measure(name, str(run / name.lower()), seed=seed, **paths) for name in ("SFT", "PPO", "GRPO")]
     verdicts = [judge_policy(results[0], tuned) for tuned in results[1:]]
     curves = {name: read_curves(run / f"logs/{name.lower()}/metrics.csv") for name in ("PPO", "GRPO")}

@@ -16,11 +16,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_rlhf.data import PreferenceData, PromptData, SFTData
 from lit_rlhf.rewards import MissingEOS, RewardModel
-from lit_rlhf.rollout import Sampling
 from lit_rlhf.stages import GRPO, PPO, SFT, Optim, RewardModeling
 
 from .judge import gold, words_used
-from .measure import LONGEST
+from .measure import SAMPLING
 
 SHOWN = {
     "perplexity": "perplexity",
@@ -108,7 +107,7 @@ def fit(name: str, stage: LightningModule, data: LightningDataModule, logs: Path
 
 def train_sft(run: Path, sizes: Sizes, seed: int) -> dict[str, float]:
     """Imitate the stories; returns the held-out metrics."""
-    schedule = Optim(lr=6e-3, schedule="cosine", warmup_steps=30, final_fraction=0.05)
+    schedule = Optim(lr=6e-3, schedule="cosine", warmup_steps=30, final_fraction=0.02)
     stage = SFT(str(run / "base"), optim=schedule, sample_prompts=0, seed=seed)
     data = SFTData(str(run / "data/stories.jsonl"), batch_size=8, val_batch_size=128, max_length=128, seed=seed)
     return _finish(fit("SFT", stage, data, run / "logs/sft", sizes.sft_steps), stage, data, run / "sft")
@@ -139,7 +138,7 @@ def train_ppo(run: Path, sizes: Sizes, seed: int) -> None:
         reward_weights=[1.0, 0.0],
         critic=str(run / "reward"),
         missing_eos=MissingEOS(penalty=3.0),
-        sampling=Sampling(max_new_tokens=LONGEST),
+        sampling=SAMPLING,
         optim=Optim(lr=7e-4, eps=1e-5, schedule="linear", warmup_steps=5),
         epochs=4,
         kl_coef=0.05,
@@ -156,15 +155,15 @@ def train_grpo(run: Path, sizes: Sizes, seed: int) -> None:
     stage = GRPO(
         str(run / "sft"),
         rewards=[words_used, RewardModel(str(run / "reward"), normalize=True, batch_size=64), gold],
-        reward_weights=[1.0, 1.0, 0.0],
+        reward_weights=[0.5, 1.0, 0.0],
         missing_eos=MissingEOS(penalty=3.0),
-        sampling=Sampling(max_new_tokens=LONGEST),
+        sampling=SAMPLING,
         optim=Optim(lr=3e-4, schedule="linear"),
         advantage_scale="none",
         group_size=8,
         epochs=2,
         minibatches=2,
-        kl_coef=0.1,
+        kl_coef=0.2,
         seed=seed,
     )
     data = PromptData(str(run / "data/prompts.jsonl"), val_fraction=0, batch_size=12, seed=seed)

@@ -141,3 +141,8 @@ def test_a_pair_needs_one_prompt() -> None:
 def test_rows_are_json_lines(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "new" / "rows.jsonl", [{"prompt": "a\nb"}, {"prompt": "é"}])
     assert Path(path).read_text(encoding="utf-8") == '{"prompt": "a\\nb"}\n{"prompt": "\\u00e9"}\n'
+
+
+def test_more_prompts_than_there_are_is_an_error_and_no_endless_search() -> None:
+    with pytest.raises(ValueError, match="there are"):
+        make_prompts(10**9, seed=0)
