@@ -42,7 +42,8 @@ def test_it_writes_everything(ran: Ran) -> None:
 
 def test_held_out_prompts_are_held_out(ran: Ran) -> None:
     def prompts(name: str) -> set[str]:
-        return {json.loads(line)["prompt"] for line in (ran.folder / f"data/{name}.jsonl").open(encoding="utf-8")}
+        lines = (ran.folder / f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        return {json.loads(line)["prompt"] for line in lines}
 
     held_out = prompts("held_out")
     assert len(held_out) == 16
