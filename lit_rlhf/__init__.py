@@ -15,7 +15,7 @@ _HOMES = {
     "lit_rlhf.models": ("Lora", "Network"),
     "lit_rlhf.rollout": ("GenerateSampler", "Sampling"),
     "lit_rlhf.rewards": ("MissingEOS", "RewardModel", "Rewards"),
-    "lit_rlhf.stages": ("GRPO", "PPO", "SFT", "Optim", "RewardModeling"),
+    "lit_rlhf.stages": ("GRPO", "PPO", "SFT", "Optim", "RewardModeling", "Updates"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

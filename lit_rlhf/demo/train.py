@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_rlhf.data import PreferenceData, PromptData, SFTData
 from lit_rlhf.rewards import MissingEOS, RewardModel
-from lit_rlhf.stages import GRPO, PPO, SFT, Optim, RewardModeling
+from lit_rlhf.stages import GRPO, PPO, SFT, Optim, RewardModeling, Updates
 
 from .judge import gold, words_used
 from .measure import SAMPLING
@@ -140,7 +140,7 @@ def train_ppo(run: Path, sizes: Sizes, seed: int) -> None:
         missing_eos=MissingEOS(penalty=3.0),
         sampling=SAMPLING,
         optim=Optim(lr=7e-4, eps=1e-5, schedule="linear", warmup_steps=5),
-        epochs=4,
+        updates=Updates(epochs=4),
         kl_coef=0.05,
         seed=seed,
     )
@@ -161,8 +161,7 @@ def train_grpo(run: Path, sizes: Sizes, seed: int) -> None:
         optim=Optim(lr=3e-4, schedule="linear"),
         advantage_scale="none",
         group_size=8,
-        epochs=2,
-        minibatches=2,
+        updates=Updates(epochs=2, minibatches=2),
         kl_coef=0.2,
         seed=seed,
     )

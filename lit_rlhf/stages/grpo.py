@@ -25,6 +25,7 @@ from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, response_metrics, reward_metrics, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
+from lit_rlhf.stages.updates import Updates
 
 
 class GRPO(InnerLoop):
@@ -46,16 +47,13 @@ class GRPO(InnerLoop):
         optim: the optimizer's settings.
         group_size: G, answers a prompt.
         advantage_scale: divide centred scores by the group's or the batch's standard deviation, or not at all.
-        epochs: passes over each rollout.
-        minibatches: optimizer steps a pass.
-        micro_batch_size: sequences a forward pass; bounds memory and changes no result. A whole minibatch if null.
+        updates: how many optimizer steps are made on each rollout, and of how many sequences.
         kl_coef: β, weight of the KL term in the loss; at 0 no reference is loaded.
         clip_low: ε below 1, where the probability ratio stops paying off.
         clip_high: ε above 1.
         aggregation: how per-token losses become one number: mean of each response, then over responses (GRPO), mean
             over all tokens of the step (DAPO), or sum over a fixed length (Dr. GRPO).
         entropy_coef: weight of the entropy bonus.
-        target_kl: stop a rollout's updates once a minibatch's approximate KL to the old policy passes this.
         seed: of sampling and shuffling; every draw is a pure function of it and of the rollout's number.
     """
 
@@ -73,19 +71,16 @@ class GRPO(InnerLoop):
         optim: Optim = Optim(lr=1e-6),
         group_size: int = 8,
         advantage_scale: Literal["group", "batch", "none"] = "group",
-        epochs: int = 1,
-        minibatches: int = 1,
-        micro_batch_size: int | None = None,
+        updates: Updates = Updates(),
         kl_coef: float = 0.04,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "sequence_mean",
         entropy_coef: float = 0.0,
-        target_kl: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments = locals().copy()
-        super().__init__(epochs, minibatches, micro_batch_size, target_kl, seed)
+        super().__init__(revive(Updates, updates), seed)
         remember(self, arguments)
         network, self.sampling, self.optim = revive(Network, network), revive(Sampling, sampling), revive(Optim, optim)
         self.missing_eos = revive(MissingEOS, missing_eos) if missing_eos else None

@@ -24,7 +24,7 @@ from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
 from lit_rlhf.stages.seeds import seed_for
-from lit_rlhf.stages.updates import Updates
+from lit_rlhf.stages.updates import Plan, Updates
 
 
 class InnerLoop(LightningModule):
@@ -44,12 +44,10 @@ class InnerLoop(LightningModule):
     tokens: Tensor
     update_count: Tensor
 
-    def __init__(
-        self, epochs: int, minibatches: int, micro_batch_size: int | None, target_kl: float | None, seed: int
-    ) -> None:
+    def __init__(self, updates: Updates, seed: int) -> None:
         super().__init__()
-        self.updates = Updates(epochs, minibatches, micro_batch_size)
-        self.target_kl, self.seed = target_kl, seed
+        self.updates = Plan(updates)
+        self.target_kl, self.seed = updates.target_kl, seed
         self.rollout_metrics: dict[str, Tensor | float] = {}
         for counter in ("episodes", "tokens", "update_count"):
             self.register_buffer(counter, torch.zeros((), dtype=torch.long))

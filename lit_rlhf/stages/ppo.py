@@ -38,6 +38,7 @@ from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, judge_held_out, response_metrics, reward_metrics, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
+from lit_rlhf.stages.updates import Updates
 
 
 class PPO(InnerLoop):
@@ -59,9 +60,7 @@ class PPO(InnerLoop):
         sampler: what draws them; transformers' ``generate`` if null.
         optim: the optimizer's settings, for both networks.
         critic_lr: learning rate of the critic; ``optim.lr`` if null.
-        epochs: passes over each rollout.
-        minibatches: optimizer steps a pass.
-        micro_batch_size: sequences a forward pass; bounds memory and changes no result. A whole minibatch if null.
+        updates: how many optimizer steps are made on each rollout, and of how many sequences.
         kl_coef: β, weight of the per-token KL penalty in the reward (the first one, where it adapts).
         kl_target: nats a response that β is steered to (Ziegler et al. 2019, §2.2); β stays fixed if null.
         kl_horizon: sequences over which β adapts.
@@ -72,7 +71,6 @@ class PPO(InnerLoop):
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
         whiten_rewards: scale per-token rewards to variance 1 over the rollout, keeping their mean.
-        target_kl: stop a rollout's updates once a minibatch's approximate KL to the old policy passes this.
         seed: of sampling and shuffling; every draw is a pure function of it and of the rollout's number.
     """
 
@@ -92,9 +90,7 @@ class PPO(InnerLoop):
         sampler: Sampler | None = None,
         optim: Optim = Optim(lr=3e-6, eps=1e-5),
         critic_lr: float | None = None,
-        epochs: int = 4,
-        minibatches: int = 1,
-        micro_batch_size: int | None = None,
+        updates: Updates = Updates(epochs=4),
         kl_coef: float = 0.05,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
@@ -105,11 +101,10 @@ class PPO(InnerLoop):
         value_coef: float = 0.1,
         entropy_coef: float = 0.0,
         whiten_rewards: bool = False,
-        target_kl: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments = locals().copy()
-        super().__init__(epochs, minibatches, micro_batch_size, target_kl, seed)
+        super().__init__(revive(Updates, updates), seed)
         remember(self, arguments)
         network, self.sampling, self.optim = revive(Network, network), revive(Sampling, sampling), revive(Optim, optim)
         self.missing_eos = revive(MissingEOS, missing_eos) if missing_eos else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,11 +12,32 @@ from torch import Tensor
 from lit_rlhf.batch import Rollout
 
 
+@dataclass
 class Updates:
+    """How many updates a rollout is good for.
+
+    Args:
+        epochs: passes over each rollout.
+        minibatches: optimizer steps a pass.
+        micro_batch_size: sequences a forward pass; bounds memory and changes no result. A whole minibatch if null.
+        target_kl: stop a rollout's updates once a minibatch's approximate KL to the old policy passes this.
+    """
+
+    epochs: int = 1
+    minibatches: int = 1
+    micro_batch_size: int | None = None
+    target_kl: float | None = None
+
+
+class Plan:
     """The plan of K epochs × M minibatches × microbatches over one rollout, and where it stands."""
 
-    def __init__(self, epochs: int, minibatches: int, micro_batch_size: int | None) -> None:
-        self.epochs, self.minibatches, self.micro_batch_size = epochs, minibatches, micro_batch_size
+    def __init__(self, settings: Updates) -> None:
+        self.epochs, self.minibatches, self.micro_batch_size = (
+            settings.epochs,
+            settings.minibatches,
+            settings.micro_batch_size,
+        )
         self.steps: list[list[Tensor]] = []
         self.clear()
 
@@ -47,7 +69,7 @@ class Updates:
         if rows % self.minibatches:
             raise MisconfigurationException(
                 f"a rollout of {rows} sequences does not divide into minibatches={self.minibatches}: change "
-                f"model.minibatches or data.batch_size (sequences = prompts × samples a prompt)."
+                f"model.updates.minibatches or data.batch_size (sequences = prompts × samples a prompt)."
             )
         generator = torch.Generator().manual_seed(seed)
         size = rows // self.minibatches

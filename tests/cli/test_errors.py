@@ -54,7 +54,7 @@ def test_unknown_key_on_the_command_line(refused) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--model.epochs", "many"], "model.epochs: expected int, got many"),
+        (["--model.updates.epochs", "many"], "model.updates.epochs: expected int, got many"),
         (["--model.critic_lr", "fast"], "model.critic_lr: expected float, got fast"),
         (["--model.network.dtype", "int3"], "model.network.dtype: expected one of 'float32'"),
         (["--trainer.max_steps", "1.5"], "trainer.max_steps: expected int, got 1.5"),

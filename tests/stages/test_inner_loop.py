@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf.models import Lora, Network
 from lit_rlhf.stages import GRPO, PPO, Optim
-from lit_rlhf.stages.updates import Updates
+from lit_rlhf.stages.updates import Plan, Updates
 
 
 def ppo(folder: str, **knobs) -> PPO:
@@ -27,7 +27,7 @@ BOTH = pytest.mark.parametrize("build", [ppo, grpo])
 
 
 def test_plan_covers_every_row_once_an_epoch_and_starts_in_sampled_order():
-    updates = Updates(epochs=3, minibatches=2, micro_batch_size=3)
+    updates = Plan(Updates(epochs=3, minibatches=2, micro_batch_size=3))
     updates.plan(rows=8, seed=1)
     assert len(updates.steps) == 6
     assert torch.cat([torch.cat(step) for step in updates.steps[:2]]).tolist() == list(range(8))
@@ -39,14 +39,14 @@ def test_plan_covers_every_row_once_an_epoch_and_starts_in_sampled_order():
 
 def test_rows_that_do_not_divide_into_minibatches_are_refused(model_folder):
     with pytest.raises(MisconfigurationException, match="does not divide into minibatches=3"):
-        arena.fit(ppo(model_folder, minibatches=3), [arena.prompts(4)])
+        arena.fit(ppo(model_folder, updates=Updates(minibatches=3)), [arena.prompts(4)])
 
 
 @BOTH
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_first_minibatch_has_ratio_exactly_one(build, micro_batch_size, model_folder):
     """Same weights, same rows, same padding: the trainer's log-probs are those of the scoring pass to the last bit."""
-    stage = build(model_folder, epochs=2, minibatches=2, micro_batch_size=micro_batch_size)
+    stage = build(model_folder, updates=Updates(epochs=2, minibatches=2, micro_batch_size=micro_batch_size))
     seen: list[dict[str, float]] = []
     mean_metrics = stage.updates.mean_metrics
 
@@ -69,7 +69,7 @@ def test_first_minibatch_has_ratio_exactly_one(build, micro_batch_size, model_fo
 def test_microbatches_change_nothing(build, model_folder):
     results = []
     for micro_batch_size in (None, 1, 3):
-        stage = build(model_folder, epochs=2, minibatches=2, micro_batch_size=micro_batch_size)
+        stage = build(model_folder, updates=Updates(epochs=2, minibatches=2, micro_batch_size=micro_batch_size))
         log = arena.Log()
         arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)], callbacks=[log], gradient_clip_val=1.0)
         results.append((arena.weights(stage), log.rows[-1]))
@@ -80,7 +80,7 @@ def test_microbatches_change_nothing(build, model_folder):
 
 @BOTH
 def test_one_batch_of_prompts_is_one_global_step(build, model_folder):
-    stage = build(model_folder, epochs=3, minibatches=2)
+    stage = build(model_folder, updates=Updates(epochs=3, minibatches=2))
     log = arena.Log()
     run = arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)], callbacks=[log])
     assert run.global_step == 2
@@ -92,9 +92,22 @@ def test_one_batch_of_prompts_is_one_global_step(build, model_folder):
 @BOTH
 def test_target_kl_stops_the_updates_of_a_rollout(build, model_folder):
     log = arena.Log()
-    stage = build(model_folder, epochs=8, target_kl=1e-4, optim=Optim(lr=1e-2))
+    stage = build(model_folder, updates=Updates(epochs=8, target_kl=1e-4), optim=Optim(lr=1e-2))
     arena.fit(stage, [arena.prompts(4)], callbacks=[log])
     assert log.rows[0]["updates"] == 2  # the first update is made at KL 0, the second sees it exceeded and is the last
+
+
+@BOTH
+def test_every_setting_of_the_updates_moves_the_weights(build, model_folder):
+    def trained(**settings) -> torch.Tensor:
+        stage = build(model_folder, updates=Updates(**{"epochs": 3, **settings}))
+        arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)])
+        return arena.weights(stage)
+
+    plain = trained()
+    assert torch.equal(plain, trained())
+    changes = [{"epochs": 2}, {"minibatches": 2}, {"target_kl": 1e-6}]
+    assert not [change for change in changes if torch.equal(plain, trained(**change))]
 
 
 def test_accumulating_over_rollouts_is_refused(model_folder):
@@ -123,7 +136,11 @@ def test_bf16_mixed_trains(build, model_folder):
 def test_resume_continues_bit_for_bit_and_the_checkpoint_holds_no_frozen_weights(build, lora, model_folder, tmp_path):
     """Four rollouts at once, and two, a checkpoint, two more: the same weights, metrics and counters."""
     batches = [arena.prompts(4, seed=i) for i in range(4)]
-    knobs = {"epochs": 2, "minibatches": 2, "network": Network(lora=lora), "optim": Optim(lr=1e-3, schedule="linear")}
+    knobs = {
+        "updates": Updates(epochs=2, minibatches=2),
+        "network": Network(lora=lora),
+        "optim": Optim(lr=1e-3, schedule="linear"),
+    }
 
     def keep():
         return ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
@@ -132,7 +149,7 @@ def test_resume_continues_bit_for_bit_and_the_checkpoint_holds_no_frozen_weights
     arena.fit(whole, batches, callbacks=[keep(), log], enable_checkpointing=True, max_steps=4)
 
     state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
-    assert state["hyper_parameters"]["epochs"] == 2
+    assert state["hyper_parameters"]["updates"]["epochs"] == 2
     assert not [key for key in state["state_dict"] if key.startswith(("reference.", "rewards."))]
     if lora:
         assert not [key for key in state["state_dict"] if key.startswith("policy.") and "lora_" not in key]

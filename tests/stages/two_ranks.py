@@ -11,7 +11,7 @@ from pathlib import Path
 import arena
 import torch
 
-from lit_rlhf.stages import GRPO, PPO, SFT, Optim
+from lit_rlhf.stages import GRPO, PPO, SFT, Optim, Updates
 
 
 def build(name: str, folder: str):
@@ -20,8 +20,12 @@ def build(name: str, folder: str):
         whole = arena.examples(8)
         parts = [whole.select(torch.arange(start, 8, 2)) for start in (0, 1)]
         return SFT(folder, optim=Optim(lr=1e-3)), whole, parts
-    knobs = {"rewards": [arena.low_ids], "sampling": arena.SHORT, "epochs": 2, "minibatches": 2, "micro_batch_size": 1}
-    stage = PPO(folder, **knobs, target_kl=0.5) if name == "ppo" else GRPO(folder, **knobs, group_size=2)
+    knobs = {"rewards": [arena.low_ids], "sampling": arena.SHORT}
+    loop = {"epochs": 2, "minibatches": 2, "micro_batch_size": 1}
+    if name == "ppo":
+        stage = PPO(folder, **knobs, updates=Updates(**loop, target_kl=0.5))
+    else:
+        stage = GRPO(folder, **knobs, updates=Updates(**loop), group_size=2)
     return stage, arena.prompts(8), [arena.prompts(4, seed=0), arena.prompts(4, seed=1)]
 
 
