@@ -28,13 +28,14 @@ def one_batch(stage: GRPO, rows: int = 2):
 
 
 def test_a_token_has_its_responses_score_against_its_group(model_folder):
-    rollout, logged = one_batch(grpo(model_folder))
-    assert rollout.prompts == ("prompt 0",) * 4 + ("prompt 1",) * 4
-    groups = rollout.scores.view(2, 4)
+    rollout, logged = one_batch(grpo(model_folder), rows=3)
+    assert rollout.prompts == ("prompt 0",) * 4 + ("prompt 1",) * 4 + ("prompt 2",) * 4
+    groups = rollout.scores.view(3, 4)
     by_hand = (groups - groups.mean(dim=1, keepdim=True)) / (groups.std(dim=1, keepdim=True) + 1e-4)
     expected = by_hand.flatten()[:, None] * rollout.mask
     torch.testing.assert_close(rollout.advantages, expected, atol=1e-4, rtol=1e-3)
     assert logged["reward"] == pytest.approx(float(rollout.scores.mean()))
+    assert logged["reward_std"] == pytest.approx(float(groups.std(dim=1, correction=0).mean()), rel=1e-5)
     assert logged["groups/zero_std_fraction"] == 0
 
 

@@ -187,6 +187,11 @@ def test_validation_judges_held_out_prompts_greedily_and_sampled(model_folder):
     assert stage.samples[0]["prompt"] == "prompt 0"
     again = arena.trainer().validate(stage, arena.loader([arena.prompts(4), arena.prompts(3, seed=1)]), verbose=False)
     assert again == metrics
+    other = ppo(model_folder, seed=1)
+    arena.trainer().validate(other, arena.loader([arena.prompts(4)]), verbose=False)
+    completions, others = ([s["completion"] for s in each.samples] for each in (stage, other))
+    assert completions[:4] == others[:4]  # greedy knows no seed
+    assert completions[4:] != others[4:]
 
 
 def test_a_checkpoint_loads_with_rewards_that_are_dataclasses(model_folder, tmp_path):
