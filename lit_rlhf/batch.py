@@ -65,6 +65,7 @@ class Prompts:
     mask: Tensor  # [B, P] bool, True = a real token
     prompts: tuple[Any, ...]  # B prompts as the dataset holds them: text, or a list of messages
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # every other column; reaches the rewards
+    rows: Tensor | None = None  # [B] long, number of each row in the batch of all processes; None = 0 … B − 1
 
     to = _to
     with_ = _with
@@ -136,6 +137,7 @@ class Rollout:
     completions: tuple[str, ...]  # B responses as text, for the rewards and for people; never tokenised again
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     sampler_logprobs: Tensor | None = None  # [B, T] as the sampler reported them
+    sampler_entropy: Tensor | None = None  # [B, T] in nats, where the sampler was asked for it
     old_logprobs: Tensor = _LATER  # [B, T] of the policy that is being improved, by the trainer
     ref_logprobs: Tensor | None = None  # [B, T] of the reference, where there is one
     values: Tensor = _LATER  # [B, T] of the critic, before any update

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models.causal import stop_ids
 from lit_rlhf.models.roles import evaluating
 from lit_rlhf.models.sharding import gathered
+from lit_rlhf.rollout.edges import check, finish, warn_if_filtered
 from lit_rlhf.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -79,17 +79,6 @@ def _plain_settings(policy: Any) -> Iterator[None]:
         policy.generation_config = own
 
 
-def _check_length(policy: Any, prompts: Prompts, sampling: Sampling) -> None:
-    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(prompts.mask.sum(dim=1).max())
-    if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} make "
-            f"{longest + sampling.max_new_tokens}, but the model has {limit} positions: lower sampling.max_new_tokens "
-            "or the data's max_prompt_length"
-        )
-
-
 class GenerateSampler:
     """Sampler over transformers' ``generate``: any model it loads, any device, no server.
 
@@ -122,23 +111,18 @@ class GenerateSampler:
         Returns:
             Rollout with ``sampler_logprobs`` [B, T], on the policy's device; T is the longest response's length.
         """
-        if sampling.filtered and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"sampling is filtered (top_k={sampling.top_k}, top_p={sampling.top_p}, "
-                f"min_new_tokens={sampling.min_new_tokens}): responses are not drawn from the policy that is trained, "
-                "so probability ratios and KL are biased",
-                stacklevel=2,
-            )
-        if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; lit_rlhf.models.load_tokenizer gives it one")
+        if not self._warned:
+            self._warned = sampling.filtered
+            warn_if_filtered(sampling)
         prompts = prompts.to(policy.device)
-        _check_length(policy, prompts, sampling)
+        check(policy, tokenizer, prompts, sampling)
         stops = stop_ids(policy, tokenizer) if sampling.stop_ids is None else tuple(sampling.stop_ids)
         record = _Record(sampling, stops, prompts.ids.shape[1])
         with evaluating(policy), gathered(policy), _plain_settings(policy), _seeded(policy.device, seed):
             drawn = self._generate(policy, tokenizer, prompts, sampling, stops, record)
-        return _to_rollout(prompts, drawn, record, stops, tokenizer)
+        record.note(drawn)
+        response = drawn[:, prompts.ids.shape[1] :]
+        return finish(tokenizer, prompts, response, stops, torch.cat(record.noted, dim=1))
 
     @staticmethod
     def _generate(
@@ -147,6 +131,8 @@ class GenerateSampler:
         from transformers import GenerationConfig, LogitsProcessorList
 
         random = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.min_p and not sampling.greedy:
+            random["min_p"] = sampling.min_p
         settings = GenerationConfig(
             do_sample=not sampling.greedy,
             top_k=None if sampling.greedy else sampling.top_k,
@@ -163,43 +149,3 @@ class GenerateSampler:
             logits_processor=LogitsProcessorList([record]),
             synced_gpus=False,  # the weights are gathered, so processes need not keep step
         )
-
-
-def _to_rollout(prompts: Prompts, drawn: Tensor, record: _Record, stops: tuple[int, ...], tokenizer: Any) -> Rollout:
-    """Cut each response after its first stop id; only lengths decide, since padding may be a stop id itself."""
-    record.note(drawn)
-    response = drawn[:, prompts.ids.shape[1] :]
-    is_stop = torch.isin(response, torch.tensor(stops, dtype=response.dtype, device=response.device))
-    ended = is_stop.any(dim=1)
-    length = torch.where(ended, is_stop.int().argmax(dim=1) + 1, response.shape[1])
-    mask = torch.arange(response.shape[1], device=response.device) < length[:, None]
-    response = response.masked_fill(~mask, tokenizer.pad_token_id)
-    texts = _continuations(tokenizer, prompts, [row[:n] for row, n in zip(response, length.tolist(), strict=True)])
-    return Rollout(
-        prompt_ids=prompts.ids,
-        prompt_mask=prompts.mask,
-        response_ids=response,
-        mask=mask,
-        ended=ended,
-        prompts=prompts.prompts,
-        completions=tuple(texts),
-        columns=prompts.columns,
-        sampler_logprobs=torch.cat(record.noted, dim=1).masked_fill(~mask, 0.0),
-    )
-
-
-def _continuations(tokenizer: Any, prompts: Prompts, responses: list[Tensor]) -> list[str]:
-    """Text of each response as it goes on from its prompt.
-
-    Decoded alone, a response loses the blank it begins with under many tokenizers, and prompt + completion would run
-    two words into one.
-    """
-    heads = [ids[mask] for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
-    before = tokenizer.batch_decode(heads, skip_special_tokens=True)
-    joined = [torch.cat([head, response]) for head, response in zip(heads, responses, strict=True)]
-    whole = tokenizer.batch_decode(joined, skip_special_tokens=True)
-    alone = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return [
-        text[len(head) :] if text.startswith(head) else response
-        for head, text, response in zip(before, whole, alone, strict=True)
-    ]

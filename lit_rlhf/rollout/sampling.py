@@ -22,6 +22,7 @@ class Sampling:
             likeliest token.
         top_k: sample among the k likeliest tokens only; 0 = all.
         top_p: sample among the fewest tokens that hold this much probability; 1 = all.
+        min_p: sample among tokens at least this fraction as likely as the likeliest; 0 = all.
         stop_ids: token ids that end a response; None = those of the model's generation config and the tokenizer.
     """
 
@@ -30,6 +31,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -41,6 +43,7 @@ class Sampling:
             f"temperature is {self.temperature}; it must be 0 (greedy) or more": not self.temperature >= 0,
             f"top_k is {self.top_k}; it must be 0 (all tokens) or more": self.top_k < 0,
             f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)": not 0 < self.top_p <= 1,
+            f"min_p is {self.min_p}; it must be from 0 (all tokens) to 1": not 0 <= self.min_p <= 1,
         }
         for problem, is_so in problems.items():
             if is_so:
@@ -58,7 +61,8 @@ class Sampling:
         Then responses do not come from the policy whose log-probabilities are trained, and probability ratios and KL
         estimates are biased.
         """
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_new_tokens > 0)
+        cut = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return not self.greedy and (cut or self.min_new_tokens > 0)
 
 
 class Sampler(Protocol):

@@ -18,6 +18,8 @@ from lit_rlhf.rollout import Sampling
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
     ],
 )
 def test_a_wrong_setting_is_named(setting, value):
@@ -32,6 +34,7 @@ def test_a_wrong_setting_is_named(setting, value):
         ({"temperature": 0.7}, False),
         ({"top_k": 5}, True),
         ({"top_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
         ({"min_new_tokens": 1}, True),
         ({"top_p": 0.9, "temperature": 0.0}, False),
     ],

@@ -1,4 +1,4 @@
-"""The plain sampler: draws from the policy and nothing else, and leaves no trace."""
+"""What every sampler keeps: it draws from the policy and nothing else, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lit_rlhf.batch import Prompts
 from lit_rlhf.models import Network, load_causal, token_logprobs
-from lit_rlhf.rollout import GenerateSampler, Sampling
+from lit_rlhf.rollout import DecodeSampler, GenerateSampler, Sampling
 
 ROWS = [[5, 6], [7, 8, 9, 10, 11], [12]]
+ENGINE = []
+
+
+@pytest.fixture(autouse=True, params=[GenerateSampler, DecodeSampler])
+def engine(request):
+    """The class whose instances ``draw`` uses."""
+    ENGINE[:] = [request.param]
+    return request.param
 
 
 def prompts_of(rows, *, left=0, pad=tiny.PAD):
@@ -30,7 +38,7 @@ def prompts_of(rows, *, left=0, pad=tiny.PAD):
 def draw(policy, tokenizer, prompts=None, seed=1, sampler=None, **settings):
     prompts = prompts_of(ROWS * 20) if prompts is None else prompts
     settings = {"max_new_tokens": 12, **settings}
-    return (sampler or GenerateSampler())(policy, tokenizer, prompts, Sampling(**settings), seed=seed)
+    return (sampler or ENGINE[0]())(policy, tokenizer, prompts, Sampling(**settings), seed=seed)
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def policy():
 
 
 def test_masks_come_from_the_first_stop_token(policy, tokenizer):
-    rollout = draw(policy, tokenizer)
+    rollout = draw(policy, tokenizer, prompts_of(ROWS * 60))
     assert rollout.response_ids.shape == rollout.mask.shape == rollout.sampler_logprobs.shape
     kinds = set()
     for ids, mask, ended in zip(rollout.response_ids, rollout.mask, rollout.ended, strict=True):
@@ -227,8 +235,18 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_it(policy, tokenizer):
     assert (rollout.response_ids == likeliest).all()
 
 
-def test_filtered_sampling_warns_once_a_sampler(policy, tokenizer):
-    sampler = GenerateSampler()
+def test_min_p_keeps_tokens_that_are_likely_enough_beside_the_likeliest(policy, tokenizer):
+    with torch.no_grad():
+        odds = policy(torch.tensor([ROWS[1]])).logits[0, -1].softmax(-1)
+    allowed = (odds >= 0.3 * odds.max()).nonzero().flatten().tolist()
+    assert 1 < len(allowed) < 6
+    with pytest.warns(UserWarning, match="min_p=0.3"):
+        rollout = draw(policy, tokenizer, prompts_of([ROWS[1]] * 300), min_p=0.3, max_new_tokens=1)
+    assert rollout.response_ids.unique().tolist() == allowed
+
+
+def test_filtered_sampling_warns_once_a_sampler(policy, tokenizer, engine):
+    sampler = engine()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         draw(policy, tokenizer, sampler=sampler)
