@@ -13,7 +13,7 @@ _HOMES = {
     "lit_rlhf.batch": ("Examples", "Pairs", "Prompts", "Rollout"),
     "lit_rlhf.data": ("PreferenceData", "PromptData", "SFTData"),
     "lit_rlhf.models": ("Lora", "Network"),
-    "lit_rlhf.rollout": ("GenerateSampler", "Sampling"),
+    "lit_rlhf.rollout": ("DecodeSampler", "GenerateSampler", "Sampling"),
     "lit_rlhf.rewards": ("MissingEOS", "RewardModel", "Rewards"),
     "lit_rlhf.stages": ("GRPO", "PPO", "SFT", "Optim", "RewardModeling", "Updates"),
 }

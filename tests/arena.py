@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lit_rlhf.batch import Examples, Pairs, Prompts
+from lit_rlhf.batch import Examples, Pairs, Prompts, Rollout
 from lit_rlhf.rollout import Sampling
 
 SHORT = Sampling(max_new_tokens=8)
@@ -32,6 +32,14 @@ def prompts(rows: int = 4, seed: int = 0) -> Prompts:
     pads[0] = 0
     mask = torch.arange(6) >= pads
     return Prompts(ids.where(mask, 0), mask, tuple(f"prompt {i}" for i in range(rows)), {"answer": ("x",) * rows})
+
+
+def rollout(lengths: list[int]) -> Rollout:
+    """Responses of the given lengths to prompts of two tokens."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids, count = torch.full(mask.shape, 5).where(mask, 0), len(lengths)
+    prompt = torch.full((count, 2), 7)
+    return Rollout(prompt, prompt > 0, ids, mask, mask[:, 0], ("p",) * count, ("c",) * count)
 
 
 def examples(rows: int, seed: int = 0) -> Examples:

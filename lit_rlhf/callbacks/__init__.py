@@ -1,4 +1,4 @@
-"""What watches a run: progress, sample texts, checkpoints, the saved config, the exported folder.
+"""What watches a run: progress, speed, sample texts, checkpoints, the saved config, the exported folder.
 
 Each also works in a Trainer that a user builds himself: ``Trainer(callbacks=[SampleTable(), ExportFolder("out")])``.
 """
@@ -10,5 +10,15 @@ from lit_rlhf.callbacks.predictions import Predictions
 from lit_rlhf.callbacks.progress import Progress
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.saved_config import SavedConfig
+from lit_rlhf.callbacks.throughput import Throughput
 
-__all__ = ["Checkpoint", "ConfigWins", "ExportFolder", "Predictions", "Progress", "SampleTable", "SavedConfig"]
+__all__ = [
+    "Checkpoint",
+    "ConfigWins",
+    "ExportFolder",
+    "Predictions",
+    "Progress",
+    "SampleTable",
+    "SavedConfig",
+    "Throughput",
+]

@@ -15,7 +15,7 @@ from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.data import PromptData
 from lit_rlhf.data.chat import encode_prompt, prompt_text
 from lit_rlhf.models import Network, load_causal, load_tokenizer
-from lit_rlhf.rollout import GenerateSampler, Sampling
+from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages.seeds import seed_for
 
 
@@ -47,7 +47,7 @@ def one_prompt(text: str, tokenizer: Any, chat: bool) -> Prompts:
 
 def sample(policy: Any, tokenizer: Any, batches: Iterator[Prompts], sampling: Sampling, seed: int) -> Iterator[Rollout]:
     """One rollout a batch; its number and ``seed`` decide what is drawn."""
-    sampler = GenerateSampler()
+    sampler = DecodeSampler()
     # Nothing is trained on these samples, so a filter (top-k, top-p) biases nothing.
     warnings.filterwarnings("ignore", message="sampling is filtered")
     for number, prompts in enumerate(batches):

@@ -13,7 +13,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 import lit_rlhf.data
 import lit_rlhf.stages  # noqa: F401 - classes that were imported can be named without their module
-from lit_rlhf.callbacks import Checkpoint, ConfigWins, ExportFolder, Predictions, Progress, SampleTable, SavedConfig
+from lit_rlhf.callbacks import (
+    Checkpoint,
+    ConfigWins,
+    ExportFolder,
+    Predictions,
+    Progress,
+    SampleTable,
+    SavedConfig,
+    Throughput,
+)
 from lit_rlhf.commands.configs import resolve_configs
 from lit_rlhf.commands.parser import FriendlyParser
 
@@ -22,7 +31,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,  # in RL a step is a whole rollout
     "num_sanity_val_steps": 0,  # validation in RL generates text: minutes before the first step
     "inference_mode": False,  # its tensors cannot be used in sharded networks
-    "callbacks": [ConfigWins(), Predictions()],
+    "callbacks": [ConfigWins(), Predictions(), Throughput()],
 }
 # Sections of their own: a second YAML's trainer.callbacks replaces the first one's, these stay.
 SECTIONS: dict[str, type[Callback]] = {

@@ -11,7 +11,7 @@ from lit_rlhf.batch import Rollout
 from lit_rlhf.data import PromptData
 from lit_rlhf.models import load_causal, load_tokenizer, token_logprobs
 from lit_rlhf.rewards import RewardModel
-from lit_rlhf.rollout import GenerateSampler, Sampling
+from lit_rlhf.rollout import DecodeSampler, Sampling
 
 from .judge import gold, words_used
 from .reader import read_story
@@ -45,7 +45,7 @@ def sample(folder: str, rows: str, seed: int, samples: int = 1) -> list[Rollout]
         seed: Of the draws; the same seed draws with the same random numbers from every policy.
         samples: Answers to each prompt, side by side.
     """
-    policy, tokenizer, sampler = load_causal(folder).eval(), load_tokenizer(folder), GenerateSampler()
+    policy, tokenizer, sampler = load_causal(folder).eval(), load_tokenizer(folder), DecodeSampler()
     data = PromptData(rows, val=rows, limit=1, tokenizer=folder, val_batch_size=BATCH // samples)
     data.setup("validate")
     return [

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import has_adapters, inject_adapters, merged_state, save_adapters
+from lit_rlhf.models.logprobs import Chosen
 from lit_rlhf.models.network import (
     Lora,
     Network,
@@ -20,9 +19,9 @@ from lit_rlhf.models.network import (
     load_config,
     load_weights,
     quiet,
-    read_inputs,
+    to_left_edge,
 )
-from lit_rlhf.objectives.likelihood import entropy_from_logits
+from lit_rlhf.models.output import chosen_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,19 +107,13 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int
     return tuple(sorted(int(i) for i in ids if i is not None))
 
 
-def _last_logits(model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Logits [B, count, V] at the last ``count`` positions, by the model's own forward (soft-caps and scales apply)."""
-    inputs = read_inputs(model, ids, mask)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = count
-    return model(**inputs).logits[:, -count:]
-
-
-def _chosen_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Float32 log-softmax of ``logits`` [B, T, V] at ``ids`` [B, T]; 0 where ``mask`` is False."""
-    targets = ids.masked_fill(~mask, 0)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return torch.where(mask, -loss.view(ids.shape), 0.0)
+def _read(model: Any, ids: Tensor, mask: Tensor, asked: Tensor, **ask: Any) -> tuple[tuple[Tensor, Tensor], Chosen]:
+    """(row, column) of each token that ``asked`` [B, L] names and that has one before it, and what the model says."""
+    moved, columns = to_left_edge(ids, mask, but_last=True)
+    row, column = (asked & mask & (columns > 0)).nonzero(as_tuple=True)
+    # The longest row's last token went nowhere; what predicts it is the last that was read.
+    before = row * moved.shape[1] + columns[row, column] - 1
+    return (row, column), chosen_tokens(model, moved, before, ids[row, column], **ask)
 
 
 @overload
@@ -141,7 +134,8 @@ def token_logprobs(
     """Compute log π(response token | all before it) at the sampling temperature, in float32.
 
     ``logprobs[b, t] = log softmax(logits / temperature)[response_ids[b, t]]``; 0 where the mask is False. Padding on
-    either side and other rows of the batch change nothing. Logits are made at response positions only.
+    either side and other rows of the batch change nothing. The head runs at response positions only, and the logits of
+    all of them are not kept at once where they are many.
 
     Args:
         model: a causal language model.
@@ -154,33 +148,35 @@ def token_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
-    # The last token predicts nothing that is asked for, so it is not read.
-    count = rollout.response_ids.shape[1]
-    logits = _last_logits(model, rollout.input_ids[:, :-1], rollout.input_mask[:, :-1], count)
-    logits = logits.float() / temperature if temperature != 1.0 else logits.float()
-    logprobs = _chosen_logprobs(logits, rollout.response_ids, rollout.mask)
-    if not entropy:
-        return logprobs
-    return logprobs, torch.where(rollout.mask, entropy_from_logits(logits), 0.0)
+    asked = torch.cat([torch.zeros_like(rollout.prompt_mask), rollout.mask], dim=1)
+    (row, column), found = _read(
+        model, rollout.input_ids, rollout.input_mask, asked, temperature=temperature, entropy=entropy
+    )
+    place, nothing = (row, column - rollout.prompt_ids.shape[1]), found.logprobs.new_zeros(rollout.mask.shape)
+    logprobs = nothing.index_put(place, found.logprobs)
+    return (logprobs, nothing.index_put(place, found.entropy)) if entropy else logprobs
 
 
-def next_token_logprobs(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_logprobs(model: Any, ids: Tensor, mask: Tensor, learned: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of each token given those before it, and whether it was the model's first choice.
 
-    Column t is about token t + 1 of the row. Entries whose token, or the one before it, is padding are 0 and False.
+    Column t is about token t + 1 of the row. Entries whose token is padding, has nothing before it or is not to be
+    learned are 0 and False; the model's head does not run for them.
 
     Args:
         model: a causal language model.
         ids: [B, L] token ids.
-        mask: [B, L] bool, True = a real token.
+        mask: [B, L] bool, True = a real token, padding on either side.
+        learned: [B, L] bool, True = a token that is asked for; None = all.
 
     Returns:
         (logprobs [B, L - 1] float32, correct [B, L - 1] bool).
     """
-    logits = _last_logits(model, ids[:, :-1], mask[:, :-1], ids.shape[1] - 1)
-    counts = mask[:, 1:] & mask[:, :-1]
-    correct = (logits.detach().argmax(dim=-1) == ids[:, 1:]) & counts
-    return _chosen_logprobs(logits, ids[:, 1:], counts), correct
+    asked = mask if learned is None else learned
+    (row, column), found = _read(model, ids, mask, asked, correct=True)
+    place, shape = (row, column - 1), (ids.shape[0], ids.shape[1] - 1)
+    logprobs = found.logprobs.new_zeros(shape).index_put(place, found.logprobs)
+    return logprobs, found.correct.new_zeros(shape).index_put(place, found.correct)
 
 
 def write_folder(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import inject_adapters
 from lit_rlhf.models.causal import write_folder
-from lit_rlhf.models.network import Network, load_config, load_weights, read_inputs
+from lit_rlhf.models.network import Network, load_config, load_weights, to_left_edge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,9 +98,10 @@ def _score_every_position(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _raw_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def _raw_scores(model: Any, ids: Tensor) -> Tensor:
+    """Scores [B, W] in float32 at every token of rows that start at the left edge."""
     with _score_every_position(model):
-        return model(**read_inputs(model, ids, mask)).logits.squeeze(-1).float()
+        return model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()
 
 
 def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -114,7 +115,9 @@ def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [B, L].
     """
-    return torch.where(mask, _raw_scores(model, ids, mask), 0.0)
+    moved, columns = to_left_edge(ids, mask)
+    scores = _raw_scores(model, moved)
+    return torch.where(mask, scores.gather(1, columns.clamp(max=moved.shape[1] - 1)), 0.0)
 
 
 def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -131,9 +134,10 @@ def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [B].
     """
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    last = (columns * mask).argmax(dim=1, keepdim=True)
-    return token_scores(model, ids, mask).gather(1, last).squeeze(1)
+    moved, _ = to_left_edge(ids, mask)
+    length = mask.sum(dim=1)
+    scores = _raw_scores(model, moved).gather(1, (length - 1).clamp(min=0)[:, None])
+    return torch.where(length > 0, scores.squeeze(1), 0.0)
 
 
 def response_values(model: Any, rollout: Rollout) -> Tensor:
@@ -148,9 +152,10 @@ def response_values(model: Any, rollout: Rollout) -> Tensor:
     Returns:
         [B, T].
     """
-    count = rollout.response_ids.shape[1]
-    scores = _raw_scores(model, rollout.input_ids[:, :-1], rollout.input_mask[:, :-1])
-    return torch.where(rollout.mask, scores[:, -count:], 0.0)
+    moved, columns = to_left_edge(rollout.input_ids, rollout.input_mask, but_last=True)
+    before = columns[:, rollout.prompt_ids.shape[1] :] - 1
+    values = _raw_scores(model, moved).gather(1, before.clamp(min=0))
+    return torch.where(rollout.mask & (before >= 0), values, 0.0)
 
 
 def save_scalar(

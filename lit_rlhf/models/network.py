@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -187,18 +183,22 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
     return model.train(), set(report["missing_keys"])
 
 
-def read_inputs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """Give a model's forward arguments for padded rows, such that padding on either side changes nothing.
+def to_left_edge(ids: torch.Tensor, mask: torch.Tensor, *, but_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move each row's real tokens to the left edge, so that a causal model needs neither a mask nor positions.
 
-    Positions count real tokens only (transformers would count from the left edge), and ids under the mask are set to 0,
-    so that a padding id beyond the vocabulary does no harm.
+    What stands after a row is never seen by it, positions count from 0 by themselves, and attention takes its fast
+    causal path. The padding that remains is id 0, so that one beyond the vocabulary does no harm.
 
     Args:
-        model: any transformers decoder.
         ids: [B, L] token ids.
         mask: [B, L] bool, True = a real token.
+        but_last: leave out the last token of the longest rows, which predicts nothing that is asked for.
+
+    Returns:
+        (ids [B, W], W = the longest row; columns [B, L], where each token went, padding and the token left out to W).
     """
-    inputs = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(model.forward).parameters:  # some (ALiBi, state space) know no positions
-        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return inputs
+    columns = mask.long().cumsum(dim=1) - 1
+    width = max(int(columns[:, -1].max()) + (0 if but_last else 1), 1)
+    columns = columns.masked_fill(~mask, width).clamp(max=width)
+    moved = ids.new_zeros(ids.shape[0], width + 1).scatter_(1, columns, ids)
+    return moved[:, :width].contiguous(), columns

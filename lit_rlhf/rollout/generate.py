@@ -79,6 +79,12 @@ def _plain_settings(policy: Any) -> Iterator[None]:
         policy.generation_config = own
 
 
+def _own_seed(prompts: Prompts, seed: int) -> int:
+    """A seed of this process's own: its first row's number tells it from the others that were given the same seed."""
+    first = 0 if prompts.rows is None else int(prompts.rows[0])
+    return (seed + first * 0x9E3779B97F4A7C15) % 2**63
+
+
 class GenerateSampler:
     """Sampler over transformers' ``generate``: any model it loads, any device, no server.
 
@@ -118,6 +124,7 @@ class GenerateSampler:
         check(policy, tokenizer, prompts, sampling)
         stops = stop_ids(policy, tokenizer) if sampling.stop_ids is None else tuple(sampling.stop_ids)
         record = _Record(sampling, stops, prompts.ids.shape[1])
+        seed = _own_seed(prompts, seed)
         with evaluating(policy), gathered(policy), _plain_settings(policy), _seeded(policy.device, seed):
             drawn = self._generate(policy, tokenizer, prompts, sampling, stops, record)
         record.note(drawn)

@@ -69,7 +69,8 @@ class Sampler(Protocol):
     """What makes responses: policy, prompts and settings in, rollout out.
 
     ``sampler_logprobs`` of the rollout are those of the sampler's own arithmetic, at ``sampling.temperature`` and
-    before any filter. The same seed gives the same responses. Nothing of the policy (modes, weights, settings) and of
+    before any filter. The same seed and row numbers (``prompts.rows``) give the same responses; processes
+    of one run are given the same seed and other rows. Nothing of the policy (modes, weights, settings) and of
     the global random state is changed.
     """
 

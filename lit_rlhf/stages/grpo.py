@@ -20,7 +20,7 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.objectives import aggregate, clipped_policy_loss, group_advantages, kl_estimate, masked_mean
 from lit_rlhf.rewards import MissingEOS, Reward, Rewards
-from lit_rlhf.rollout import GenerateSampler, Sampler, Sampling
+from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, response_metrics, reward_metrics, sequence_kl
@@ -43,7 +43,7 @@ class GRPO(InnerLoop):
         reward_weights: a factor for each reward, 0 = logged only; all 1 if null.
         missing_eos: what happens to the score of a response that the length limit cut off; nothing if null.
         sampling: how responses are drawn. The temperature also divides the trainer's logits.
-        sampler: what draws them; transformers' ``generate`` if null.
+        sampler: what draws them; a decode loop of our own if null.
         optim: the optimizer's settings.
         group_size: G, answers a prompt.
         advantage_scale: divide centred scores by the group's or the batch's standard deviation, or not at all.
@@ -88,7 +88,7 @@ class GRPO(InnerLoop):
         self.policy = load_causal(model, network, seed=seed)
         self.reference = Reference(self.policy, dtype=frozen_dtype) if kl_coef > 0 else None
         self.rewards = Rewards(rewards, reward_weights)
-        self.sampler = sampler or GenerateSampler()
+        self.sampler = sampler or DecodeSampler()
         self.group_size = self.samples_per_prompt = group_size
         self.advantage_scale, self.aggregation = advantage_scale, aggregation
         self.kl_coef, self.clip_low, self.clip_high, self.entropy_coef = kl_coef, clip_low, clip_high, entropy_coef
@@ -116,9 +116,8 @@ class GRPO(InnerLoop):
             scores, parts = self.rewards(rollout)
             if self.missing_eos is not None:
                 scores = self.missing_eos.apply(scores, rollout.ended)
-            temperature = self.sampling.temperature
-            old = self.read(rollout, lambda part: token_logprobs(self.policy, part, temperature=temperature))
-            ref, reference = None, self.reference
+            old = self.old_logprobs(rollout)
+            ref, reference, temperature = None, self.reference, self.sampling.temperature
             if reference is not None:
                 ref = self.read(
                     rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature)

@@ -29,5 +29,5 @@ def refuse_accumulation(trainer: Trainer) -> None:
     if trainer.accumulate_grad_batches > 1:
         raise MisconfigurationException(
             "trainer.accumulate_grad_batches would accumulate over rollouts. To bound memory set "
-            "model.updates.micro_batch_size: it splits a minibatch without changing the result."
+            "model.updates.micro_batch_tokens: it splits a minibatch without changing the result."
         )

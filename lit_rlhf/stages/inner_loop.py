@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models import forget_in_checkpoints, keep_adapters_only
+from lit_rlhf.models import forget_in_checkpoints, keep_adapters_only, token_logprobs
 from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
+from lit_rlhf.stages.measure import gap_metrics
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.updates import Plan, Updates
 
@@ -35,6 +37,7 @@ class InnerLoop(LightningModule):
     """
 
     samples_per_prompt = 1
+    turns = 1  # backward passes a microbatch: one a network that shares no weights with the others
     sampler: Sampler
     sampling: Sampling
     policy: Any
@@ -68,14 +71,16 @@ class InnerLoop(LightningModule):
         """Refuse the Trainer settings that would quietly train something else."""
         refuse_accumulation(self.trainer)
         refuse_half_precision_weights(self.trainer)
+        # DDP waits for every gradient in the pass that it averages in: there all networks go together.
+        self.updates.turns = 1 if isinstance(self.trainer.strategy, DDPStrategy) else self.turns
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""
         self.samples: list[dict[str, Any]] = []
 
     def on_train_batch_start(self, batch: Prompts, batch_idx: int) -> None:
-        """Plan this rollout's updates; the plan is the same on every rank."""
-        self.updates.plan(len(batch) * self.samples_per_prompt, seed_for(self.seed, "shuffling", self.global_step))
+        """Refuse a batch whose rollout would not divide, before it is made."""
+        self.updates.refuse_remainder(len(batch) * self.samples_per_prompt)
 
     # -- what the stories are told with ---------------------------------------------------------------------------
 
@@ -83,26 +88,62 @@ class InnerLoop(LightningModule):
     def timed(self, phase: str) -> Iterator[None]:
         """Note the wall-clock seconds of a phase as ``time/{phase}``."""
         started = time.perf_counter()
-        yield
+        with torch.profiler.record_function(phase):
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.rollout_metrics[f"time/{phase}"] = time.perf_counter() - started
 
     def sample(self, prompts: Prompts) -> Rollout:
-        """Draw a response to each prompt from the policy; the same seed and rollout number draw the same ones."""
-        seed = seed_for(self.seed, "sampling", self.global_step, self.global_rank)
+        """Draw a response to each prompt from the policy, and plan the updates on them.
+
+        What a row draws follows from the seed, the rollout's number and the row's number in the batch of all processes.
+        """
+        seed = seed_for(self.seed, "sampling", self.global_step)
+        here, group, world = torch.arange(len(prompts)), self.samples_per_prompt, self.trainer.world_size
+        # Prompt i of this process is prompt i · world + rank of the batch: data/loader.py, RankSampler.
+        rows = (here // group * world + self.global_rank) * group + here % group
         with self.timed("rollout"):
-            rollout = self.sampler(self.policy, self.tokenizer, prompts, self.sampling, seed=seed)
+            rollout = self.sampler(self.policy, self.tokenizer, prompts.with_(rows=rows), self.sampling, seed=seed)
+        self.updates.draw_up(rollout, seed_for(self.seed, "shuffling", self.global_step), self.max_over_ranks)
+        self._sync_gradients()
         speed = int(rollout.mask.sum()) * self.trainer.world_size / max(self.rollout_metrics["time/rollout"], 1e-9)
         self.rollout_metrics["throughput/rollout_tokens_per_second"] = speed
         torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.global_rank))
         return rollout
 
-    def read(self, rollout: Rollout, reader: Callable[[Rollout], Tensor]) -> Tensor:
-        """Apply a per-token reader to the rollout, a microbatch at a time; [B, T]."""
-        width = rollout.mask.shape[1]
-        parts = [reader(part) for part in self.updates.parts(rollout)]
-        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    def read(self, rollout: Rollout, reader: Callable[[Rollout], Tensor], like_updates: bool = False) -> Tensor:
+        """Apply a per-token reader to the rollout, rows of like length together; [B, T].
+
+        With ``like_updates`` in the updates' own microbatches, so that what is read is what they will read.
+        """
+        whole = torch.zeros(rollout.mask.shape, device=self.device)
+        for rows in self.updates.parts(like_updates):
+            part = reader(rollout.select(rows).trim())
+            whole[rows.to(self.device), : part.shape[1]] = part
+        return whole
+
+    def old_logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs of the policy before any update: the sampler's where they are the trainer's own, else read; [B, T].
+
+        Whether they are is seen on a sample of rows, one in thirty-two and four at least.
+        """
+
+        def reader(part: Rollout) -> Tensor:
+            return token_logprobs(self.policy, part, temperature=self.sampling.temperature)
+
+        sampled, bound = rollout.sampler_logprobs, self.updates.settings.sampler_gap
+        if sampled is not None and bound > 0:
+            rows = torch.linspace(0, len(rollout) - 1, min(len(rollout), max(4, len(rollout) // 32))).long()
+            part = rollout.select(rows).trim()
+            gap = gap_metrics(part, reader(part))
+            self.rollout_metrics |= gap
+            if self.max_over_ranks(gap["sampler/logprob_gap_max"]) <= bound:
+                return sampled
+        read = self.read(rollout, reader, like_updates=True)
+        if sampled is not None:
+            self.rollout_metrics |= gap_metrics(rollout, read)
+        return read
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -112,8 +153,8 @@ class InnerLoop(LightningModule):
         """Step once a planned minibatch; log once; free the gradients before the next generation."""
         assert optimizer_closure is not None
         self._closure, started = optimizer_closure, time.perf_counter()
-        for step in range(len(self.updates.steps)):
-            self.updates.step, self.updates.micro = step, 0
+        for step in range(self.updates.count):
+            self.updates.step, self.updates.passes = step, 0
             optimizer.step(closure=self._accumulate)
             self.update_count += 1
             if self._kl_exceeded(step):
@@ -126,11 +167,11 @@ class InnerLoop(LightningModule):
 
     def _accumulate(self) -> Any:
         """Forward and backward of every microbatch of the current optimizer step."""
-        last = len(self.updates.steps[self.updates.step]) - 1
-        for micro in range(last + 1):
-            self._zero_grad = micro == 0
-            with self._gradient_sync(micro == last):
-                loss = self._closure()  # Lightning's: training_step, zero_grad, backward
+        loss = None
+        while loss is None or self.updates.more:
+            self._zero_grad = loss is None
+            self._sync_gradients()
+            loss = self._closure()  # Lightning's: training_step, zero_grad, backward
         return loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -138,15 +179,14 @@ class InnerLoop(LightningModule):
         if self._zero_grad:
             optimizer.zero_grad(set_to_none=True)
 
-    @contextmanager
-    def _gradient_sync(self, on: bool) -> Iterator[None]:
-        """Average gradients over ranks with the last microbatch only."""
+    def _sync_gradients(self) -> None:
+        """Have the gradients averaged over ranks with the last microbatch of a step only.
+
+        What ``no_sync`` sets for a block of code: the first step's number of microbatches is known inside it.
+        """
         wrapped = self.trainer.strategy.model
-        if not on and isinstance(wrapped, DistributedDataParallel):
-            with wrapped.no_sync():
-                yield
-        else:
-            yield
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.require_backward_grad_sync = self.updates.at_last
 
     def _kl_exceeded(self, step: int) -> bool:
         """Whether this step's approximate KL passed the target; decided on all ranks together."""
@@ -177,6 +217,12 @@ class InnerLoop(LightningModule):
         if self.trainer.world_size == 1:
             return value
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
+
+    def max_over_ranks(self, value: Tensor) -> Tensor:
+        """The largest over the processes, elementwise; itself where there is one."""
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="max")
 
     def _log_rollout(self) -> None:
         """Everything that was learned about this rollout, in one all-reduce and one call."""

@@ -22,18 +22,20 @@ SHOWN = 8  # texts kept of a validation, per mode
 
 
 def response_metrics(rollout: Rollout) -> dict[str, Tensor]:
-    """Length of the responses, how they end, and how far the sampler's log-probs are from the trainer's."""
+    """Length of the responses, and how they end."""
     ended = rollout.ended.float().mean()
-    metrics = {
+    return {
         "response/length_mean": rollout.lengths.float().mean(),
         "response/eos_fraction": ended,
         "response/truncated_fraction": 1 - ended,
     }
-    if rollout.sampler_logprobs is not None and rollout.old_logprobs is not None:
-        gap = torch.where(rollout.mask, rollout.sampler_logprobs - rollout.old_logprobs, 0.0).abs()
-        metrics["sampler/logprob_gap_mean"] = masked_mean(gap, rollout.mask)
-        metrics["sampler/logprob_gap_max"] = gap.max()
-    return metrics
+
+
+def gap_metrics(rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
+    """How far the sampler's log-probs are from the trainer's ``logprobs`` [B, T], in nats a token."""
+    assert rollout.sampler_logprobs is not None
+    gap = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0).abs()
+    return {"sampler/logprob_gap_mean": masked_mean(gap, rollout.mask), "sampler/logprob_gap_max": gap.max()}
 
 
 def reward_metrics(parts: dict[str, Tensor], prefix: str = "rewards/") -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from lit_rlhf.objectives import (
     token_rewards,
 )
 from lit_rlhf.rewards import MissingEOS, Reward, Rewards
-from lit_rlhf.rollout import GenerateSampler, Sampler, Sampling
+from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, judge_held_out, response_metrics, reward_metrics, sequence_kl
@@ -57,7 +57,7 @@ class PPO(InnerLoop):
         reward_weights: a factor for each reward, 0 = logged only; all 1 if null.
         missing_eos: what happens to the score of a response that the length limit cut off; nothing if null.
         sampling: how responses are drawn. The temperature also divides the trainer's logits.
-        sampler: what draws them; transformers' ``generate`` if null.
+        sampler: what draws them; a decode loop of our own if null.
         optim: the optimizer's settings, for both networks.
         critic_lr: learning rate of the critic; ``optim.lr`` if null.
         updates: how many optimizer steps are made on each rollout, and of how many sequences.
@@ -75,6 +75,7 @@ class PPO(InnerLoop):
     """
 
     kl_coef: Tensor
+    turns = 2
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class PPO(InnerLoop):
         needs_reference = kl_coef > 0 or kl_target is not None
         self.reference = Reference(self.policy, dtype=frozen_dtype) if needs_reference else None
         self.rewards = Rewards(rewards, reward_weights)
-        self.sampler = sampler or GenerateSampler()
+        self.sampler = sampler or DecodeSampler()
         self.gamma, self.lam, self.clip, self.value_clip = gamma, lam, clip, value_clip
         self.value_coef, self.entropy_coef, self.whiten_rewards = value_coef, entropy_coef, whiten_rewards
         self.kl_target, self.kl_horizon, self.critic_lr = kl_target, kl_horizon, critic_lr
@@ -143,9 +144,8 @@ class PPO(InnerLoop):
             scores, parts = self.rewards(rollout)
             if self.missing_eos is not None:
                 scores = self.missing_eos.apply(scores, rollout.ended)
-            temperature = self.sampling.temperature
-            old = self.read(rollout, lambda part: token_logprobs(self.policy, part, temperature=temperature))
-            ref, reference = None, self.reference
+            old = self.old_logprobs(rollout)
+            ref, reference, temperature = None, self.reference, self.sampling.temperature
             if reference is not None:
                 ref = self.read(
                     rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature)
@@ -185,7 +185,19 @@ class PPO(InnerLoop):
         return rollout.with_(rewards=rewards, advantages=advantages, returns=returns)
 
     def loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = L_policy + c_v·L_value − c_e·H, a token mean over the optimizer step (Schulman et al. 2017, eq. 9)."""
+        """L = (L_policy − c_e·H) + c_v·L_value, a token mean over the optimizer step (Schulman et al. 2017, eq. 9).
+
+        The two share no weights, so they take turns where the strategy allows it: the activations of one network are
+        gone before the other runs.
+        """
+        terms = [term(part) for term in self.updates.whose_turn(self.policy_loss, self.value_loss)]
+        per_token = torch.stack([term for term, _ in terms]).sum(dim=0)
+        metrics = {key: value for _, found in terms for key, value in found.items()}
+        metrics["loss"] = masked_mean(per_token, part.mask)
+        return aggregate(per_token, part.mask, "token_mean", part.step_tokens), metrics
+
+    def policy_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped policy loss less the entropy bonus, [B, T]."""
         mask = part.mask
         metrics: dict[str, Tensor] = {}
         entropy = torch.zeros_like(part.advantages)
@@ -194,21 +206,20 @@ class PPO(InnerLoop):
             metrics["policy/entropy"] = masked_mean(entropy, mask)
         else:
             logprobs = token_logprobs(self.policy, part, temperature=self.sampling.temperature)
-        values = response_values(self.critic, part)
         policy_loss, policy = clipped_policy_loss(
             logprobs, part.old_logprobs, part.advantages, mask, clip_low=self.clip, clip_high=self.clip
         )
-        value_loss, value = clipped_value_loss(values, part.values, part.returns, mask, clip=self.value_clip)
-        per_token = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
-        loss = aggregate(per_token, mask, "token_mean", part.step_tokens)
         metrics |= {f"policy/{key}": metric for key, metric in policy.items()}
-        metrics |= {f"value/{key}": metric for key, metric in value.items()}
-        metrics |= {
-            "loss": masked_mean(per_token, mask),
-            "policy/loss": masked_mean(policy_loss, mask),
-            "value/loss": masked_mean(value_loss, mask),
-        }
-        return loss, metrics
+        metrics["policy/loss"] = masked_mean(policy_loss, mask)
+        return policy_loss - self.entropy_coef * entropy, metrics
+
+    def value_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped value loss times its coefficient, [B, T]."""
+        values = response_values(self.critic, part)
+        value_loss, value = clipped_value_loss(values, part.values, part.returns, part.mask, clip=self.value_clip)
+        metrics = {f"value/{key}": metric for key, metric in value.items()}
+        metrics["value/loss"] = masked_mean(value_loss, part.mask)
+        return self.value_coef * value_loss, metrics
 
     # -- Lightning --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from lit_rlhf.objectives import centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
+from lit_rlhf.stages.parts import read_in_parts
 
 
 class RewardModeling(LightningModule):
@@ -64,7 +65,7 @@ class RewardModeling(LightningModule):
 
     def compare(self, batch: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each comparison [M], and the scores of its two responses [M]; each response is read once."""
-        scores = sequence_scores(self.reward, batch.ids, batch.mask)
+        scores = read_in_parts(sequence_scores, self.reward, batch.ids, batch.mask)
         better, worse = scores[batch.better], scores[batch.worse]
         losses = pairwise_loss(better, worse, margin=batch.margin if self.margin else None)
         return losses + self.center * centering_loss(better, worse), better, worse

@@ -18,6 +18,7 @@ from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.measure import answer
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
+from lit_rlhf.stages.parts import read_in_parts
 from lit_rlhf.stages.seeds import seed_for
 
 
@@ -59,14 +60,15 @@ class SFT(LightningModule):
         self.sampler = GenerateSampler()
         self.sample_prompts, self.seed = sample_prompts, seed
         self.samples: list[dict[str, Any]] = []
-        self.step_tokens = 0.0
+        self.step_tokens: int | Tensor = 0
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.val_perplexity, self.val_accuracy = Perplexity(), TokenAccuracy()
 
     def read(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each next token, whether it was the likeliest, and whether it is learned; [B, L − 1]."""
-        logprobs, correct = next_token_logprobs(self.policy, batch.ids, batch.mask)
-        return logprobs, correct, batch.loss_mask[:, 1:] & batch.mask[:, 1:]
+        learned = batch.loss_mask & batch.mask
+        logprobs, correct = read_in_parts(next_token_logprobs, self.policy, batch.ids, batch.mask, learned)
+        return logprobs, correct, learned[:, 1:]
 
     def on_fit_start(self) -> None:
         """Refuse the Trainer settings that would quietly train something else."""
@@ -76,7 +78,7 @@ class SFT(LightningModule):
         """Sum of the batch's negative log-likelihood; the step's gradient is divided by its tokens before clipping."""
         logprobs, correct, mask = self.read(batch)
         total, count = next_token_loss(logprobs, mask, 1.0), mask.sum()
-        self.step_tokens += float(count)
+        self.step_tokens += count  # a tensor: asking for its value here would make a GPU wait
         self.tokens += count
         mean = total.detach() / count.clamp(min=1)
         accuracy = (correct & mask).sum() / count.clamp(min=1)
@@ -87,9 +89,9 @@ class SFT(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into that of the token-weighted mean over batches and ranks."""
-        count = torch.tensor(self.step_tokens, device=self.device, dtype=torch.double)
+        count = torch.as_tensor(self.step_tokens, device=self.device, dtype=torch.double)
         divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
-        self.step_tokens = 0.0
+        self.step_tokens = 0
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rlhf.batch import Rollout
+from lit_rlhf.stages.parts import PASS_TOKENS, cut_by_length
+
+TermT = TypeVar("TermT")
+
+_FORWARD_ONLY = 4  # without a backward pass activations are not kept: so many times as many tokens fit a pass
 
 
 @dataclass
 class Updates:
-    """How many updates a rollout is good for.
+    """How a rollout becomes optimizer steps.
 
     Args:
         epochs: passes over each rollout.
         minibatches: optimizer steps a pass.
-        micro_batch_size: sequences a forward pass; bounds memory and changes no result. A whole minibatch if null.
+        micro_batch_tokens: tokens of a forward pass, padding included; bounds memory and changes no result. Rows of
+            like length are read together. A whole minibatch may be one pass if null.
         target_kl: stop a rollout's updates once a minibatch's approximate KL to the old policy passes this.
+        sampler_gap: the sampler's log-probs serve as the old ones while, on a sample of rows, none differs from the
+            trainer's by more than this, in nats; else all rows are read again. 0 reads them always.
     """
 
     epochs: int = 1
     minibatches: int = 1
-    micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = 16_384
     target_kl: float | None = None
+    sampler_gap: float = 1e-4
 
 
 class Plan:
     """The plan of K epochs × M minibatches × microbatches over one rollout, and where it stands."""
 
     def __init__(self, settings: Updates) -> None:
-        self.epochs, self.minibatches, self.micro_batch_size = (
-            settings.epochs,
-            settings.minibatches,
-            settings.micro_batch_size,
-        )
-        self.steps: list[list[Tensor]] = []
+        self.settings, self.turns = settings, 1
         self.clear()
 
     @property
@@ -46,42 +51,80 @@ class Plan:
         """True until a rollout has been filled in."""
         return self.rollout is None
 
+    @property
+    def count(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.settings.epochs * self.settings.minibatches
+
+    @property
+    def more(self) -> bool:
+        """Whether the current optimizer step has backward passes left."""
+        return self.passes < len(self.steps[self.step]) * self.turns
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the next backward pass is the last of its optimizer step; true while there is no plan."""
+        return not self.steps or self.passes == len(self.steps[self.step]) * self.turns - 1
+
     def clear(self) -> None:
-        """Forget the rollout and its metrics."""
+        """Forget the rollout, its plan and its metrics."""
         self.rollout: Rollout | None = None
-        self.step = self.micro = 0
+        self.steps: list[list[Tensor]] = []
+        self.wide: list[Tensor] = []
+        self.step = self.passes = 0
         self.metrics: list[tuple[int, float, dict[str, Tensor]]] = []
 
-    def plan(self, rows: int, seed: int) -> None:
-        """Decide which rows every microbatch of every optimizer step takes.
-
-        The first epoch walks the rows as they were sampled and is cut exactly as the scoring pass is
-        (:meth:`parts`), so that the log-probs of its first minibatch are those of the scoring pass to the last bit and
-        the first ratio is exactly 1. Later epochs walk a fresh permutation each.
-
-        Args:
-            rows: sequences of the rollout.
-            seed: of the permutations.
+    def refuse_remainder(self, rows: int) -> None:
+        """Refuse a rollout that cannot be divided.
 
         Raises:
             MisconfigurationException: the rows do not divide into the minibatches.
         """
-        if rows % self.minibatches:
+        if rows % self.settings.minibatches:
             raise MisconfigurationException(
-                f"a rollout of {rows} sequences does not divide into minibatches={self.minibatches}: change "
+                f"a rollout of {rows} sequences does not divide into minibatches={self.settings.minibatches}: change "
                 f"model.updates.minibatches or data.batch_size (sequences = prompts × samples a prompt)."
             )
-        generator = torch.Generator().manual_seed(seed)
-        size = rows // self.minibatches
-        self.steps = []
-        for epoch in range(self.epochs):
-            order = torch.arange(rows) if epoch == 0 else torch.randperm(rows, generator=generator)
-            self.steps += [list(minibatch.split(self.micro_batch_size or size)) for minibatch in order.split(size)]
 
-    def parts(self, rollout: Rollout) -> Iterator[Rollout]:
-        """The rollout in the first epoch's microbatches, in order: what the scoring pass walks."""
-        for rows in (rows for step in self.steps[: self.minibatches] for rows in step):
-            yield rollout.select(rows).trim()
+    def draw_up(self, rollout: Rollout, seed: int, max_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Decide which rows every microbatch of every optimizer step takes.
+
+        The first epoch takes the rows in the order in which they were sampled, and the scoring pass reads its very
+        microbatches (:meth:`parts`), so that the log-probs of the first minibatch are those of that pass to the last
+        bit. Later epochs take a fresh permutation each. Within a minibatch rows of like length go together.
+
+        Args:
+            rollout: prompts and responses.
+            seed: of the permutations; the same on every rank.
+            max_over_ranks: elementwise maximum over the processes. All make the same number of passes, since sharded
+                weights are gathered once a pass.
+        """
+        rows, device = len(rollout), rollout.mask.device
+        lengths = (rollout.prompt_mask.sum(dim=1) + rollout.lengths).cpu()
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.arange(rows)]
+        orders += [torch.randperm(rows, generator=generator) for _ in range(1, self.settings.epochs)]
+        minibatches = [part for order in orders for part in order.split(rows // self.settings.minibatches)]
+        most = self.settings.micro_batch_tokens
+        budgets = [most] * len(minibatches) + [None if most is None else _FORWARD_ONLY * most]
+
+        def cut(whole: Tensor, budget: int | None, at_least: int = 1, overhead: int | None = None) -> list[Tensor]:
+            overhead = PASS_TOKENS.get(device.type, PASS_TOKENS["cuda"]) if overhead is None else overhead
+            parts = cut_by_length(lengths[whole], most_tokens=budget, overhead=overhead, at_least=at_least)
+            return [whole[part] for part in parts]
+
+        cuts = [cut(*task) for task in zip([*minibatches, orders[0]], budgets, strict=True)]
+        counts = max_over_ranks(torch.tensor([len(parts) for parts in cuts], device=device)).tolist()
+        for i, whole in enumerate([*minibatches, orders[0]]):
+            if counts[i] > len(cuts[i]):
+                cuts[i] = cut(whole, budgets[i], counts[i], overhead=2**40)  # not one part more than it must make
+        *self.steps, self.wide = cuts
+
+    def parts(self, like_updates: bool) -> list[Tensor]:
+        """Row numbers of each forward pass over the whole rollout: the first epoch's microbatches, or wider ones."""
+        if like_updates:
+            return [rows for step in self.steps[: self.settings.minibatches] for rows in step]
+        return self.wide
 
     def fill(self, rollout: Rollout, mean_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Take a finished rollout.
@@ -94,22 +137,30 @@ class Plan:
         lengths = rollout.lengths.double()
         tokens = torch.stack([lengths[torch.cat(step).to(lengths.device)].sum() for step in self.steps])
         self.step_tokens = mean_over_ranks(tokens).tolist()
-        self.rollout, self.step, self.micro = rollout, 0, 0
+        self.rollout, self.step, self.passes = rollout, 0, 0
 
     def next(self) -> Rollout:
-        """The next microbatch, with the size of the optimizer step it belongs to."""
+        """The next microbatch, with the size of the optimizer step it belongs to; once a turn."""
         assert self.rollout is not None
         step = self.steps[self.step]
-        part = self.rollout.select(step[self.micro]).trim()
-        self.micro += 1
+        part = self.rollout.select(step[self.passes // self.turns]).trim()
+        self.passes += 1
         return part.with_(
             step_tokens=max(self.step_tokens[self.step], 1.0), step_rows=float(sum(len(rows) for rows in step))
         )
 
+    def whose_turn(self, *terms: TermT) -> tuple[TermT, ...]:
+        """Those of a loss's terms, one a network, that the pass just begun computes."""
+        return terms if self.turns == 1 else (terms[(self.passes - 1) % self.turns],)
+
     def record(self, metrics: dict[str, Tensor], part: Rollout) -> None:
-        """Keep a microbatch's metrics, weighted by its tokens."""
+        """Keep a microbatch's metrics, weighted by its tokens; what several turns name alike adds up."""
         kept = {key: value.detach().float() for key, value in metrics.items()}
-        self.metrics.append((self.step, float(part.mask.sum()), kept))
+        if (self.passes - 1) % self.turns:
+            _, _, before = self.metrics[-1]
+            before |= {key: value + before[key] if key in before else value for key, value in kept.items()}
+        else:
+            self.metrics.append((self.step, float(part.mask.sum()), kept))
 
     def mean_metrics(self, step: int | None = None) -> dict[str, Tensor]:
         """Token-weighted means over all microbatches so far, or over those of one optimizer step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf.callbacks import Checkpoint, ExportFolder, Progress, SampleTable
+from lit_rlhf.callbacks import Checkpoint, ExportFolder, Progress, SampleTable, Throughput, throughput
 from lit_rlhf.models import Lora, Network
 from lit_rlhf.rollout import Sampling
-from lit_rlhf.stages import GRPO, SFT, Optim
+from lit_rlhf.stages import GRPO, PPO, SFT, Optim, Updates
 
 QUICK = Sampling(max_new_tokens=4)
 
@@ -103,3 +104,90 @@ def test_a_rehearsal_leaves_no_files(model_folder, tmp_path: Path) -> None:
     stage = sft(model_folder)
     arena.fit(stage, [arena.examples(4)], [arena.examples(4)], callbacks=callbacks, fast_dev_run=True, folder=tmp_path)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Throughput, each look at the clock is one second after the last."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(throughput, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+
+
+def test_speed_and_shares_of_sft_are_over_the_steps_since_the_last_log(model_folder, clock) -> None:
+    """Looks: start 0, batch 1 to 2, batch 3 to 4, log 5: of five seconds two are updates."""
+    batches = [arena.examples(8, seed=seed) for seed in range(4)]
+    tokens = sum(int(batch.mask.sum()) for batch in batches[:2])
+    log = arena.Log()
+    arena.fit(sft(model_folder), batches, callbacks=[Throughput(), log], log_every_n_steps=2)
+    assert [("share/update" in row) for row in log.rows] == [False, True, True, True]
+    assert log.rows[1]["throughput/tokens_per_second"] == pytest.approx(tokens / 5)
+    assert log.rows[1]["share/update"] == pytest.approx(2 / 5)
+    assert log.rows[1]["share/other"] == pytest.approx(3 / 5)
+    assert "mfu" not in log.rows[1]  # nobody knows a CPU's peak
+
+
+def test_accumulated_batches_count_to_their_step(model_folder, clock) -> None:
+    batches, log = [arena.examples(8, seed=seed) for seed in range(2)], arena.Log()
+    arena.fit(sft(model_folder), batches, callbacks=[Throughput(), log], accumulate_grad_batches=2)
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    assert log.rows[1]["throughput/tokens_per_second"] == pytest.approx(tokens / 5)
+
+
+def test_validation_is_a_phase_and_slows_no_training(model_folder, clock) -> None:
+    """Looks: start 0, batch 1 to 2, log 3, start 4, validation 5 to 6, batch 7 to 8, log 9."""
+    batches, log = [arena.examples(8)] * 2, arena.Log()
+    stage = sft(model_folder, sample_prompts=0)
+    arena.fit(stage, batches, [arena.examples(4)], callbacks=[Throughput(), log], val_check_interval=1)
+    last = log.rows[1]
+    assert (last["share/validation"], last["share/update"]) == (pytest.approx(1 / 5), pytest.approx(1 / 5))
+    assert last["throughput/tokens_per_second"] == pytest.approx(int(batches[0].mask.sum()) / 4)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)])
+def test_mfu_of_sft_counts_six_a_trained_weight_and_four_a_frozen_one(lora, model_folder, clock, monkeypatch) -> None:
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 10**9)
+    stage, batch, log = sft(model_folder, network=Network(lora=lora)), arena.examples(8), arena.Log()
+    arena.fit(stage, [batch], callbacks=[Throughput(), log])
+    flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in stage.parameters())
+    assert log.rows[0]["mfu"] == pytest.approx(int(batch.mask.sum()) * flops / 10**9)  # one second
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_phases_of_a_rollout_are_taken_from_the_stage(kind, model_folder, monkeypatch) -> None:
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 10**9)
+    group = {"group_size": 2} if kind is GRPO else {}
+    stage = kind(model_folder, [arena.low_ids], sampling=QUICK, updates=Updates(epochs=3, minibatches=2), **group)
+    log, batch = arena.Log(), arena.prompts(4)
+    arena.fit(stage, [batch] * 2, callbacks=[Throughput(), log])
+    for before, row in zip([{"tokens": 0.0}, log.rows[0]], log.rows, strict=True):
+        responses = row["tokens"] - before["tokens"]
+        shares = {key: value for key, value in row.items() if key.startswith("share/")}
+        assert set(shares) == {"share/rollout", "share/score", "share/update", "share/other"}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert row["share/score"] / row["share/update"] == pytest.approx(
+            row["time/score"] / row["time/update"], rel=1e-3
+        )
+        for phase in ("score", "update"):
+            speed = row[f"throughput/{phase}_tokens_per_second"]
+            assert speed == pytest.approx(responses / row[f"time/{phase}"], rel=1e-3)
+        weights = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+        read = 3 * (int(batch.mask.sum()) * stage.samples_per_prompt + responses)
+        assert row["mfu"] == pytest.approx(6 * weights * read / row["time/update"] / 10**9, rel=1e-3)
+
+
+def test_peak_flops_and_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    names = iter(["NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB", "Some Card"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    assert throughput.peak_flops(gpu, "bf16-mixed") == throughput.peak_flops(gpu, "16-true") == 312 * 10**12
+    assert throughput.peak_flops(gpu, "bf16-mixed") is None
+    assert throughput.peak_flops(cpu, "32-true") is None
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7_500_000_000)
+    assert throughput.peak_memory(gpu) == {"memory/peak_gb": 7.5}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says there what is expected")
+def test_peak_memory_of_a_process() -> None:
+    peak = throughput.peak_memory(torch.device("cpu"))["memory/peak_gb"]
+    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert peak == pytest.approx(int(kib) * 1024 / 1e9, rel=0.02)

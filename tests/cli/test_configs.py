@@ -15,7 +15,7 @@ from lit_rlhf.commands.configs import config_folder
 from lit_rlhf.models import Network, load_causal
 
 STAGES = ["sft", "reward", "ppo", "grpo"]
-OVERLAYS = ["tiny", "lora", "wandb"]
+OVERLAYS = ["tiny", "lora", "wandb", "profile"]
 
 
 @pytest.fixture(params=STAGES)
@@ -97,3 +97,30 @@ def test_exported_reward_model_is_a_standard_folder(reward_run: Path) -> None:
     assert model.config.num_labels == 1
     assert isinstance(model.config.reward_mean, float)
     assert AutoTokenizer.from_pretrained(reward_run / "model").eos_token == "</s>"
+
+
+def test_the_profile_overlay_says_where_the_time_goes_and_replaces_no_model(cli, sft_run: Path) -> None:
+    root, trained = cli.folder / "runs" / "profiled", (sft_run / "model" / "model.safetensors").read_bytes()
+    where = ("--trainer.default_root_dir", str(root), "--model.model", "base")
+    cli.fit("sft.yaml", "sft.jsonl", *where, "--config", "profile.yaml", "--trainer.accumulate_grad_batches", "2")
+    table = (root / "version_0" / "fit-profile.txt").read_text(encoding="utf-8").splitlines()
+    calls = {line.split()[0].split("]")[-1]: int(line.split()[-1]) for line in table if line.rstrip()[-1:].isdigit()}
+    assert calls["SingleDeviceStrategy.training_step"] == 4  # every one, not a few of them
+    assert calls["SFT.optimizer_step"] == 2
+    assert any(name.startswith("aten::") for name in calls)
+    assert len(table) < 60
+    assert (sft_run / "model" / "model.safetensors").read_bytes() == trained
+
+
+def test_every_run_logs_speed_shares_and_memory(run: Path) -> None:
+    for row in steps(run):
+        if not row["loss"]:
+            continue  # a validation's
+        phases = {"rollout", "score", "update", "other"} if run.name in ("ppo", "grpo") else {"update", "other"}
+        shares = {
+            key.removeprefix("share/"): float(value) for key, value in row.items() if key[:6] == "share/" and value
+        }
+        assert set(shares) == phases
+        assert sum(shares.values()) == pytest.approx(1)
+        assert float(row["throughput/tokens_per_second"]) > 0
+        assert 0.05 < float(row["memory/peak_gb"]) < 100

@@ -15,7 +15,7 @@ COMMANDS = sorted(set(re.findall(r"`?(lit-rlhf [a-z]+[^`\n#]*)", README)))
 FILLED = {
     "my/model/folder": "base",
     "my/stories.jsonl": "sft.jsonl",
-    "my.module.judge": "lit_rlhf.rewards.LengthBounds --reward.max 5 --reward.unit characters",
+    "my.module.judge": "lit_rlhf.rewards.LengthBounds --reward.max 20 --reward.unit characters",
     "--policy FOLDER": "--policy base",
     "--model FOLDER": "--model base",
     "--prompts FILE": "--prompts sft.jsonl",

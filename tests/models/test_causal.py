@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import tiny
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPTJConfig,
+    GraniteConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    Qwen2Config,
+)
 
 from lit_rlhf.batch import Rollout
-from lit_rlhf.models import next_token_logprobs, stop_ids, token_logprobs
+from lit_rlhf.models import Lora, Network, load_causal, next_token_logprobs, stop_ids, token_logprobs
+from lit_rlhf.models import logprobs as logprobs_module
+from lit_rlhf.models.output import _after_head
 
 ROWS = [([5, 6, 7], [8, 9, tiny.EOS]), ([40], [41, 42, 43, 44, tiny.EOS]), ([9, 10, 11, 12, 13], [14])]
 MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2}
@@ -91,26 +106,191 @@ def test_gradients_flow_and_garbage_under_the_mask_does_not_reach_them(model):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_logits_are_made_at_response_positions_only(model):
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda head, args, output: seen.append(output.shape[1]))
-    token_logprobs(model, rollout_of(ROWS, left=20))
-    handle.remove()
-    assert seen == [5]
+SMALL = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2, sliding window": lambda: Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
+    "gemma2, sliding window and soft-caps": lambda: Gemma2Config(
+        **SMALL, head_dim=8, sliding_window=3, final_logit_softcapping=0.3, attn_logit_softcapping=5.0,
+        attn_implementation="eager",
+    ),
+    "bloom, ALiBi": lambda: BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4),
+    "cohere, logits scaled": lambda: CohereConfig(**SMALL, logit_scale=0.0625),
+    "granite, logits divided": lambda: GraniteConfig(**SMALL, logits_scaling=3.0),
+    "gpt-j, head with bias": lambda: GPTJConfig(vocab_size=259, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "mamba, no attention": lambda: MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4),
+}  # fmt: skip
+
+
+def of_family(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():  # far from uniform, or nothing would be seen
+            parameter.copy_(torch.randn_like(parameter))
+    return model
 
 
 @torch.no_grad()
-def test_soft_capped_logits_stay_soft_capped():
-    config = Gemma2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.05, attn_implementation="eager",
-    )  # fmt: skip
-    model = Gemma2ForCausalLM(config).eval()
-    model.lm_head.weight.mul_(50)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_are_exact_in_ragged_batches(name):
+    model = of_family(name)
+    found = token_logprobs(model, rollout_of(ROWS, left=3, right=2, pad=77), temperature=0.8)
+    for row, (prompt, response) in zip(found, ROWS, strict=True):
+        expected = by_definition(model, prompt, response, temperature=0.8)
+        torch.testing.assert_close(row[: len(response)], expected, atol=1e-5, rtol=1e-5)
+    assert _after_head(model) is not None
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (1 / 3, None), (1.0, 30.0), (1.0, 0.05), (40.0, 15.0)])
+def test_what_a_model_does_to_its_logits_is_read_off_it(scale, cap):
+    class Model(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            logits = output.logits * scale
+            output.logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            return output
+
+    found = _after_head(Model(tiny.tiny_llama().config))
+    assert found.scale == pytest.approx(scale, rel=1e-6)
+    assert found.cap == (None if cap is None else pytest.approx(cap, rel=1e-6))
+
+
+class Suppressed(LlamaForCausalLM):
+    """Does to logits what is neither scale nor soft-cap."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[..., 8] -= 5
+        return output
+
+
+class Halved(LlamaForCausalLM):
+    """Gives fewer logits than its head."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits[..., :100]
+        return output
+
+
+@pytest.mark.parametrize("kind", [Suppressed, Halved])
+def test_a_model_that_does_something_else_is_run_as_it_is(kind):
+    torch.manual_seed(0)
+    model = kind(tiny.tiny_llama().config).eval()
+    with pytest.warns(UserWarning, match=f"{kind.__name__} does more to its logits"):
+        found, entropy = token_logprobs(model, rollout_of(ROWS), entropy=True)
+    torch.testing.assert_close(found[0, :3], by_definition(model, *ROWS[0]), atol=1e-5, rtol=0)
+    assert _after_head(model) is None
+    (found.sum() + entropy.sum()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_adapters_on_the_head_count_and_learn(model_folder):
+    model = load_causal(model_folder, Network(lora=Lora(r=2, targets=["q_proj", "lm_head"]))).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
     found = token_logprobs(model, rollout_of(ROWS))
-    # Capped at ±0.05, no token of 64 can be far from uniform.
-    assert (found[rollout_of(ROWS).mask] + torch.log(torch.tensor(64.0))).abs().max() < 0.11
+    torch.testing.assert_close(found[0, :3], by_definition(model, *ROWS[0]), atol=1e-5, rtol=0)
+    found.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kept", [2**26, 0], ids=["kept", "chunks"])
+def test_gradients_of_all_weights_are_those_of_full_logits(tied, kept, monkeypatch):
+    monkeypatch.setattr(logprobs_module, "KEPT_LOGITS", kept)
+    monkeypatch.setattr(logprobs_module, "CHUNK_LOGITS", 600)
+    model, rollout = tiny.tiny_llama(tie_word_embeddings=tied), rollout_of(ROWS, left=2, right=1)
+    logprobs, entropy = token_logprobs(model, rollout, temperature=0.7, entropy=True)
+    found = torch.autograd.grad((logprobs * 2 + entropy).sum(), list(model.parameters()))
+    loss = torch.zeros(())
+    for prompt, response in ROWS:
+        ids = torch.tensor([prompt + response])
+        log_p = (model(ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        loss = loss + 2 * log_p.gather(1, ids[0, len(prompt) :, None]).sum() - (log_p.exp() * log_p).sum()
+    for one, other in zip(found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [2**26, 0], ids=["kept", "chunks"])
+@pytest.mark.parametrize("make", [tiny.tiny_llama, lambda: of_family("gemma2, sliding window and soft-caps")])
+def test_the_first_ratio_is_exactly_one(make, kept, monkeypatch):
+    monkeypatch.setattr(logprobs_module, "KEPT_LOGITS", kept)
+    monkeypatch.setattr(logprobs_module, "CHUNK_LOGITS", 600)
+    model, rollout = make(), rollout_of(ROWS, left=2)
+    with torch.no_grad():
+        old = token_logprobs(model.eval(), rollout)
+    assert torch.equal(token_logprobs(model.train(), rollout), old)
+    assert torch.equal(token_logprobs(model, rollout, entropy=True)[0], old)
+
+
+@torch.no_grad()
+def test_the_head_runs_for_the_tokens_asked_for_only(model):
+    token_logprobs(model, rollout_of(ROWS[:1]))  # the model is known from here on
+    rollout = rollout_of(ROWS, left=20)
+    with Products() as products:
+        token_logprobs(model, rollout)
+    heights = {x.shape[0] for x in products.made if x.shape[-1] == 259 and x.shape != model.lm_head.weight.t().shape}
+    assert max(heights) == rollout.mask.sum() == 9
+
+
+class Products(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.made += [out] if torch.is_tensor(out) and out.dim() else []
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:Suppressed does more")
+@pytest.mark.parametrize("make", [tiny.tiny_llama, lambda: Suppressed(tiny.tiny_llama().config)])
+def test_the_model_is_itself_again_even_after_an_error(make):
+    model = make()
+    before = dict(model.lm_head.__dict__)
+    for ids in (5, 10_000):
+        rollout = rollout_of([([ids, 6], [7])])
+        with pytest.raises(IndexError) if ids == 10_000 else contextlib.nullcontext():
+            token_logprobs(model, rollout)
+        assert model.lm_head.__dict__.keys() == before.keys()
+        assert not model._forward_hooks
+    assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 259)
+
+
+def test_looking_a_model_over_leaves_the_random_state_alone():
+    model = tiny.tiny_llama(attention_dropout=0.5).train()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        first = token_logprobs(model, rollout_of(ROWS))
+        torch.manual_seed(3)
+        assert torch.equal(token_logprobs(model, rollout_of(ROWS)), first)
+
+
+def test_nothing_to_score_gives_zeros_and_zero_gradients(model):
+    rollout = rollout_of(ROWS)
+    logprobs, entropy = token_logprobs(model, rollout.with_(mask=rollout.mask & False), entropy=True)
+    assert (logprobs == 0).all()
+    assert logprobs.shape == entropy.shape == rollout.mask.shape
+    (logprobs.sum() + entropy.sum()).backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in model.get_output_embeddings().parameters())
+
+
+def test_gradient_checkpointing_changes_nothing(model_folder):
+    gradients = []
+    for checkpointing in (False, True):
+        model = load_causal(model_folder, Network(gradient_checkpointing=checkpointing))
+        token_logprobs(model, rollout_of(ROWS)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 @torch.no_grad()
@@ -148,6 +328,18 @@ def test_next_token_logprobs_are_aligned_and_masked(model, side):
         counted[at] = True
         assert (logprobs[i, ~counted] == 0).all()
         assert not correct[i, ~counted].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_only_learned_tokens_are_read_where_they_are_named(model, side):
+    ids, mask = torch.randint(3, 259, (3, 9)), torch.ones(3, 9, dtype=torch.bool)
+    mask[1, : 4 if side == "left" else 9] = side == "right"
+    mask[1, 5:] = side == "left"
+    learned = torch.rand(3, 9) < 0.5
+    whole, part = next_token_logprobs(model, ids, mask), next_token_logprobs(model, ids, mask, learned)
+    for one, other in zip(whole, part, strict=True):
+        torch.testing.assert_close(torch.where(learned[:, 1:], one, 0), other.to(one.dtype) * 1, atol=1e-5, rtol=0)
 
 
 def test_a_right_guess_counts_as_correct(model):

@@ -75,6 +75,17 @@ def test_values_are_those_of_the_state_before_each_token(scalar, left):
     assert (values[~mask] == 0).all()
 
 
+@torch.no_grad()
+def test_values_after_a_prompt_of_one_token_or_none(scalar):
+    ids, mask = torch.tensor([[0, 5], [0, 0]]), torch.tensor([[False, True], [False, False]])
+    response = torch.tensor([[7, 8], [7, 8]])
+    rollout = Rollout(ids, mask, response, response > 0, mask[:, 0], ("",) * 2, ("",) * 2)
+    values = response_values(scalar, rollout)
+    torch.testing.assert_close(values[0], by_definition(scalar, [5, 7]), atol=1e-5, rtol=0)
+    assert values[1, 0] == 0  # nothing stands before it
+    torch.testing.assert_close(values[1, 1:], by_definition(scalar, [7]), atol=1e-5, rtol=0)
+
+
 def test_gradients_reach_head_and_body_and_the_forward_is_itself_again(scalar):
     ids, mask = padded(ROWS, "right", 0, 0)
     sequence_scores(scalar, ids, mask).sum().backward()

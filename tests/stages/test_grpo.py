@@ -95,7 +95,8 @@ KNOBS = {
 
 
 def trained(folder: str, **knobs) -> torch.Tensor:
-    stage = grpo(folder, **{"updates": Updates(epochs=3), **knobs})
+    ragged = Sampling(max_new_tokens=8, stop_ids=tuple(range(3, 40)))
+    stage = grpo(folder, **{"updates": Updates(epochs=3), "sampling": ragged, **knobs})
     arena.fit(stage, [arena.prompts(2), arena.prompts(2, seed=1), arena.prompts(2, seed=2)])
     return arena.weights(stage)
 

@@ -27,14 +27,32 @@ BOTH = pytest.mark.parametrize("build", [ppo, grpo])
 
 
 def test_plan_covers_every_row_once_an_epoch_and_starts_in_sampled_order():
-    updates = Plan(Updates(epochs=3, minibatches=2, micro_batch_size=3))
-    updates.plan(rows=8, seed=1)
-    assert len(updates.steps) == 6
-    assert torch.cat([torch.cat(step) for step in updates.steps[:2]]).tolist() == list(range(8))
-    later = [torch.cat([torch.cat(step) for step in updates.steps[2 * e : 2 * e + 2]]).tolist() for e in (1, 2)]
+    plan = Plan(Updates(epochs=3, minibatches=2, micro_batch_tokens=10))
+    plan.draw_up(arena.rollout([3, 1, 1, 3, 2, 2, 2, 2]), seed=1, max_over_ranks=lambda counts: counts)
+    assert len(plan.steps) == plan.count == 6
+    assert [sorted(torch.cat(step).tolist()) for step in plan.steps[:2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [rows.tolist() for rows in plan.steps[0]] == [[1, 2], [0, 3]]  # like lengths together, within the bound
+    assert [rows.tolist() for rows in plan.steps[1]] == [[4, 5], [6, 7]]
+    later = [torch.cat([torch.cat(step) for step in plan.steps[2 * e : 2 * e + 2]]).tolist() for e in (1, 2)]
     assert sorted(later[0]) == sorted(later[1]) == list(range(8))
-    assert later[0] != later[1] != list(range(8))
-    assert [len(rows) for rows in updates.steps[0]] == [3, 1]
+    assert set(later[0][:4]) != set(later[1][:4]) != {0, 1, 2, 3}
+    assert plan.parts(like_updates=True) == plan.steps[0] + plan.steps[1]
+    assert sorted(torch.cat(plan.parts(like_updates=False)).tolist()) == list(range(8))
+    assert len(plan.parts(like_updates=False)) < 4
+
+
+def test_all_processes_plan_as_many_passes():
+    counts = []
+    for lengths in ([3, 3, 3, 3], [9, 1, 1, 1]):
+        Plan(Updates(micro_batch_tokens=14)).draw_up(
+            arena.rollout(lengths), seed=1, max_over_ranks=lambda found: counts.append(found) or found
+        )
+    most = torch.stack(counts).amax(dim=0)
+    for lengths in ([3, 3, 3, 3], [9, 1, 1, 1]):
+        plan = Plan(Updates(micro_batch_tokens=14))
+        plan.draw_up(arena.rollout(lengths), seed=1, max_over_ranks=lambda found: torch.maximum(found, most))
+        assert [len(step) for step in plan.steps] + [len(plan.wide)] == most.tolist()
+        assert sorted(torch.cat(plan.steps[0]).tolist()) == [0, 1, 2, 3]
 
 
 def test_rows_that_do_not_divide_into_minibatches_are_refused(model_folder):
@@ -43,10 +61,11 @@ def test_rows_that_do_not_divide_into_minibatches_are_refused(model_folder):
 
 
 @BOTH
-@pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_first_minibatch_has_ratio_exactly_one(build, micro_batch_size, model_folder):
+@pytest.mark.parametrize("micro_batch_tokens", [None, 30])
+def test_first_minibatch_has_ratio_exactly_one(build, micro_batch_tokens, model_folder):
     """Same weights, same rows, same padding: the trainer's log-probs are those of the scoring pass to the last bit."""
-    stage = build(model_folder, updates=Updates(epochs=2, minibatches=2, micro_batch_size=micro_batch_size))
+    updates = Updates(epochs=2, minibatches=2, micro_batch_tokens=micro_batch_tokens, sampler_gap=0.0)
+    stage = build(model_folder, updates=updates)
     seen: list[dict[str, float]] = []
     mean_metrics = stage.updates.mean_metrics
 
@@ -68,8 +87,8 @@ def test_first_minibatch_has_ratio_exactly_one(build, micro_batch_size, model_fo
 @BOTH
 def test_microbatches_change_nothing(build, model_folder):
     results = []
-    for micro_batch_size in (None, 1, 3):
-        stage = build(model_folder, updates=Updates(epochs=2, minibatches=2, micro_batch_size=micro_batch_size))
+    for micro_batch_tokens in (None, 1, 30):
+        stage = build(model_folder, updates=Updates(epochs=2, minibatches=2, micro_batch_tokens=micro_batch_tokens))
         log = arena.Log()
         arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)], callbacks=[log], gradient_clip_val=1.0)
         results.append((arena.weights(stage), log.rows[-1]))
@@ -111,7 +130,7 @@ def test_every_setting_of_the_updates_moves_the_weights(build, model_folder):
 
 
 def test_accumulating_over_rollouts_is_refused(model_folder):
-    with pytest.raises(MisconfigurationException, match="micro_batch_size"):
+    with pytest.raises(MisconfigurationException, match="micro_batch_tokens"):
         arena.fit(grpo(model_folder), [arena.prompts(4)], accumulate_grad_batches=2)
 
 
@@ -162,3 +181,25 @@ def test_resume_continues_bit_for_bit_and_the_checkpoint_holds_no_frozen_weights
     torch.testing.assert_close(arena.weights(resumed), arena.weights(whole), rtol=0, atol=0)
     timeless = [key for key in log.rows[-1] if not key.startswith(("time/", "throughput/"))]
     assert {k: again.rows[-1][k] for k in timeless} == {k: log.rows[-1][k] for k in timeless}
+
+
+@BOTH
+def test_the_samplers_log_probs_serve_while_they_are_the_trainers(build, model_folder):
+    """With a bound that fp32 keeps, no pass over all rows; with one it does not keep, or none, the pass is made."""
+
+    def old_logprobs(**settings):
+        stage, seen = build(model_folder, updates=Updates(**settings)), []
+        fill = stage.updates.fill
+        stage.updates.fill = lambda rollout, mean: (seen.append(rollout), fill(rollout, mean))
+        log = arena.Log()
+        arena.fit(stage, [arena.prompts(16)], callbacks=[log])
+        assert 0 < log.rows[0]["sampler/logprob_gap_max"] < 1e-5
+        assert abs(log.rows[0]["policy/ratio_mean"] - 1) < 1e-5
+        return seen[0].old_logprobs, seen[0].sampler_logprobs
+
+    old, sampled = old_logprobs()
+    assert torch.equal(old, sampled)
+    for settings in ({"sampler_gap": 0.0}, {"sampler_gap": 1e-12}):
+        old, sampled = old_logprobs(**settings)
+        assert not torch.equal(old, sampled)
+        torch.testing.assert_close(old, sampled, atol=1e-5, rtol=0)

@@ -201,3 +201,26 @@ def test_a_checkpoint_loads_with_rewards_that_are_dataclasses(model_folder, tmp_
     assert "rewards" not in torch.load(tmp_path / "ppo.ckpt", weights_only=True)["hyper_parameters"]
     again = PPO.load_from_checkpoint(tmp_path / "ppo.ckpt", rewards=[ContainsWords(words=["a"])])
     assert again.sampling == arena.SHORT
+
+
+def test_policy_and_critic_take_turns_and_it_changes_nothing(model_folder):
+    """Each network's activations are freed by its backward pass before the other one runs."""
+
+    def trained(turns: int):
+        stage, order = ppo(model_folder, entropy_coef=0.1, updates=Updates(epochs=2, minibatches=2)), []
+        on_fit_start = stage.on_fit_start
+        stage.on_fit_start = lambda: (on_fit_start(), setattr(stage.updates, "turns", turns))
+        for name, network in (("policy", stage.policy), ("critic", stage.critic)):
+            network.register_forward_hook(lambda *_, name=name: order.append(name) if torch.is_grad_enabled() else None)
+            network.model.embed_tokens.weight.register_hook(lambda _, name=name: order.append(f"{name} back"))
+        log = arena.Log()
+        arena.fit(stage, [arena.prompts(4)], callbacks=[log], gradient_clip_val=1.0)
+        timing = ("time/", "throughput/")
+        return arena.weights(stage), {k: v for k, v in log.rows[0].items() if not k.startswith(timing)}, order
+
+    weights, metrics, order = trained(2)
+    assert order[:4] == ["policy", "policy back", "critic", "critic back"]
+    together, joint_metrics, joint_order = trained(1)
+    assert joint_order[:2] == ["policy", "critic"]
+    torch.testing.assert_close(weights, together, atol=1e-6, rtol=0)
+    assert metrics == pytest.approx(joint_metrics, abs=1e-5)

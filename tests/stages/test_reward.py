@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from lit_rlhf.batch import Pairs
 from lit_rlhf.models import sequence_scores
 from lit_rlhf.stages import Optim, RewardModeling
+from lit_rlhf.stages.parts import PASS_TOKENS
 
 
 def reward(folder: str, **knobs) -> RewardModeling:
@@ -108,3 +109,19 @@ def test_the_resumed_model_keeps_its_statistics(model_folder, tmp_path):
     run.save_checkpoint(tmp_path / "reward.ckpt")
     again = RewardModeling.load_from_checkpoint(tmp_path / "reward.ckpt")
     assert float(again.score_std) == float(stage.score_std) != 1.0
+
+
+def test_reading_in_parts_changes_nothing_but_the_padding(model_folder, monkeypatch):
+    results, batch = [], arena.pairs(8)
+    for overhead in (10**6, 1):
+        monkeypatch.setitem(PASS_TOKENS, "cpu", overhead)
+        stage = reward(model_folder)
+        passes = []
+        stage.reward.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        losses, better, worse = stage.compare(batch)
+        losses.sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in stage.reward.parameters()])
+        results.append((len(passes), losses.detach(), better.detach(), worse.detach(), gradient))
+    assert results[0][0] == 1 < results[1][0]
+    for whole, parted in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(parted, whole, atol=1e-5, rtol=0)

@@ -14,6 +14,7 @@ from lit_rlhf.batch import Examples
 from lit_rlhf.models import Lora, Network
 from lit_rlhf.rollout import Sampling
 from lit_rlhf.stages import SFT, Optim
+from lit_rlhf.stages.parts import PASS_TOKENS
 
 
 def sft(folder: str, **knobs) -> SFT:
@@ -59,6 +60,16 @@ def test_accumulation_changes_nothing_however_ragged_the_batches(clip, model_fol
         results.append(arena.weights(stage))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(results[2], results[0], atol=1e-5, rtol=0)
+
+
+def test_a_step_is_divided_by_its_own_tokens(model_folder):
+    """At a learning rate of 0 the second step's gradient is the first one's."""
+    gradients = []
+    for steps in (1, 2):
+        stage = sft(model_folder, optim=Optim(lr=0.0))
+        arena.fit(stage, [arena.examples(4)] * steps)
+        gradients.append(torch.cat([p.grad.flatten() for p in stage.policy.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], atol=0, rtol=0)
 
 
 def test_what_stands_outside_the_loss_mask_is_not_learned(model_folder):
@@ -112,3 +123,22 @@ def test_checkpoint_loads_weights_only_and_rebuilds_the_stage(model_folder, tmp_
     again = SFT.load_from_checkpoint(tmp_path / "sft.ckpt")
     assert again.optim == stage.optim
     torch.testing.assert_close(arena.weights(again), arena.weights(stage), atol=0, rtol=0)
+
+
+def test_reading_in_parts_changes_nothing_but_the_padding(model_folder, monkeypatch):
+    """Loss, gradient, counts and validation of a batch that is cut into several parts are those of the whole."""
+    results = []
+    for overhead in (10**6, 1):
+        monkeypatch.setitem(PASS_TOKENS, "cpu", overhead)
+        stage, log = sft(model_folder, optim=Optim(lr=1.0, eps=1.0), sample_prompts=0), arena.Log()
+        passes = []
+        stage.policy.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        run = arena.fit(stage, [arena.examples(8)], [arena.examples(8, seed=3)], callbacks=[log])
+        held_out = {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("val/")}
+        results.append((len(passes), arena.weights(stage), log.rows[0], held_out))
+    (whole, whole_weights, whole_row, whole_held_out), (parted, weights, row, held_out) = results
+    assert parted > whole + 2
+    torch.testing.assert_close(weights, whole_weights, atol=1e-5, rtol=0)
+    assert row == pytest.approx(whole_row, rel=1e-5)
+    assert held_out == pytest.approx(whole_held_out, rel=1e-3)  # of weights that differ in the last bits
+    assert (row["tokens"], row["token_accuracy"]) == (whole_row["tokens"], whole_row["token_accuracy"])

@@ -20,8 +20,13 @@ def build(name: str, folder: str):
         whole = arena.examples(8)
         parts = [whole.select(torch.arange(start, 8, 2)) for start in (0, 1)]
         return SFT(folder, optim=Optim(lr=1e-3)), whole, parts
+    if name == "grpo_whole":  # every second prompt, as RankSampler shares them out
+        whole, knobs = arena.prompts(8), {"sampling": arena.SHORT, "group_size": 2, "optim": Optim(lr=1e-3)}
+        updates = Updates(epochs=2, micro_batch_tokens=40)
+        parts = [whole.select(torch.arange(start, 8, 2)) for start in (0, 1)]
+        return GRPO(folder, rewards=[arena.low_ids], updates=updates, **knobs), whole, parts
     knobs = {"rewards": [arena.low_ids], "sampling": arena.SHORT}
-    loop = {"epochs": 2, "minibatches": 2, "micro_batch_size": 1}
+    loop = {"epochs": 2, "minibatches": 2, "micro_batch_tokens": 12}
     if name == "ppo":
         stage = PPO(folder, **knobs, updates=Updates(**loop, target_kl=0.5))
     else:
