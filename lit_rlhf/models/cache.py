@@ -18,7 +18,7 @@ def new_cache(model: Any, columns: int) -> Any | None:
         columns: longest sequence, prompt and response together.
 
     Returns:
-        A transformers cache with `fan_out` and `keep_rows`; None where the model keeps other state than keys and values
+        A transformers cache with `fan_in` and `drop_rows`; None where the model keeps other state than keys and values
         (state space, linear attention), which cannot be held so.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -86,11 +86,11 @@ def _types() -> tuple[Any, Any]:
                     buffer[rows, :, :start] = 0
             self.used = used
 
-        def select(self, rows: Tensor) -> None:
-            """Keep only the given rows, in ascending order."""
+        def shrink(self, count: int, holes: Tensor, movers: Tensor) -> None:
+            """Keep the first ``count`` rows, after ``movers`` have taken the places of ``holes``."""
             for buffer in (self.key_buffer, self.value_buffer):
-                buffer[: len(rows), :, : self.used] = buffer[rows, :, : self.used]
-            self.key_buffer, self.value_buffer = self.key_buffer[: len(rows)], self.value_buffer[: len(rows)]
+                buffer[holes, :, : self.used] = buffer[movers, :, : self.used]
+            self.key_buffer, self.value_buffer = self.key_buffer[:count], self.value_buffer[:count]
 
     class BufferedCache(Cache):
         """Layers of one model, whose rows are handled together."""
@@ -112,10 +112,20 @@ def _types() -> tuple[Any, Any]:
                     )
                 mine.place(theirs, rows, of, used)
 
-        def keep_rows(self, rows: Tensor) -> None:
-            """Drop all rows but the given ones [N], ascending."""
+        def drop_rows(self, gone: Tensor) -> Tensor:
+            """Drop the rows where ``gone`` [B] is True; rows from the end take their places, the others stay put.
+
+            Returns:
+                [N] which row stands at each place afterwards.
+            """
+            stay = (~gone).nonzero().squeeze(1)
+            count = len(stay)
+            holes, movers = gone[:count].nonzero().squeeze(1), stay[stay >= count]
             for layer in self.layers:
-                layer.select(rows)
+                layer.shrink(count, holes, movers)
+            now = torch.arange(count, device=gone.device)
+            now[holes] = movers
+            return now
 
     _TYPES.extend((BufferedCache, BufferedLayer))
     return BufferedCache, BufferedLayer

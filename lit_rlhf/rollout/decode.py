@@ -24,7 +24,7 @@ from lit_rlhf.rollout.sampling import Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LEAVE_AT = 0.1  # ended rows leave once they are this share: leaving copies the cache, staying computes for nothing
+_LEAVE_AT = 0.05  # ended rows leave once they are this share: leaving copies the cache, staying computes for nothing
 _LOOK_EVERY = 8  # on a GPU, steps between looks at who has ended: a look waits for all queued work
 
 
@@ -130,8 +130,7 @@ class DecodeSampler:
                 if live == 0:
                     break
                 if live <= (1 - _LEAVE_AT) * len(rows):
-                    stay = (~ended).nonzero().squeeze(1)
-                    cache.keep_rows(stay)
+                    stay = cache.drop_rows(ended)
                     rows, ended, position, token, random = (x[stay] for x in (rows, ended, position, token, random))
                     mask = None if mask is None else mask[stay]
             seen = None if mask is None else mask[:, : width + step + 1]

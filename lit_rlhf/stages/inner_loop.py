@@ -25,6 +25,7 @@ from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
 from lit_rlhf.stages.measure import gap_metrics
+from lit_rlhf.stages.optim import clip_gradients
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.updates import Plan, Updates
 
@@ -200,15 +201,8 @@ class InnerLoop(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip policy and critic each by its own norm: the critic's gradient must not shrink the policy's."""
-        for group in optimizer.param_groups:
-            limit = gradient_clip_val or float("inf")
-            if gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(group["params"], limit)
-            else:
-                norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
-                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                self.rollout_metrics[f"{group['name']}/grad_norm"] = norm.detach()
+        """Clip policy and critic each by its own norm, and note the norms."""
+        self.rollout_metrics |= clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- after ------------------------------------------------------------------------------------------------------
 
@@ -237,5 +231,6 @@ class InnerLoop(LightningModule):
         self.tokens += int(summed[0] * self.trainer.world_size)
         self.episodes += int(summed[1] * self.trainer.world_size)
         counters = {"episodes": self.episodes, "tokens": self.tokens, "updates": self.update_count}
-        self.log_dict({**dict(zip(metrics, means, strict=True)), **{k: float(v) for k, v in counters.items()}})
+        values = dict(zip(metrics, means, strict=True)) | {name: float(count) for name, count in counters.items()}
+        self.log_dict(values, batch_size=1)
         self.rollout_metrics = {}

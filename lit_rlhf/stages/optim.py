@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.nn import Parameter
 
 
@@ -76,8 +77,11 @@ def configure(module: LightningModule, groups: Mapping[str, tuple[Iterable[Param
         {"params": [p for p in tensors if p.requires_grad], "lr": lr, "name": name}
         for name, (tensors, lr) in groups.items()
     ]
+    # One kernel for all of AdamW: a quarter of the time on a CPU. Under fp16 it would undo the scaling of gradients
+    # after they are clipped.
+    fused = module.trainer.precision != "16-mixed" and module.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
     )
 
     def factor(step: int) -> float:
@@ -92,6 +96,31 @@ def configure(module: LightningModule, groups: Mapping[str, tuple[Iterable[Param
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> dict[str, Tensor]:
+    """Clip each parameter group by its own norm: in PPO the critic's gradient must not shrink the policy's.
+
+    Lightning's own clipping refuses fused optimizers under bf16-mixed, where nothing is scaled.
+
+    Args:
+        optimizer: its named parameter groups hold the gradients.
+        limit: largest norm (or value) of a gradient; None = no limit, the norms are only measured.
+        algorithm: Lightning's ``gradient_clip_algorithm``: "value" clips each number, else the norm counts.
+
+    Returns:
+        ``{group}/grad_norm`` before clipping; empty when values are clipped.
+    """
+    norms = {}
+    for group in optimizer.param_groups:
+        if algorithm == "value":
+            torch.nn.utils.clip_grad_value_(group["params"], limit or math.inf)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf)
+            norms[f"{group['name']}/grad_norm"] = (
+                norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            ).detach()
+    return norms
 
 
 def divide_gradients(optimizer: torch.optim.Optimizer, count: float) -> None:

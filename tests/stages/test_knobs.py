@@ -150,3 +150,28 @@ def test_a_falling_schedule_without_an_end_is_refused(model_folder):
     stage = SFT(model_folder, optim=Optim(schedule="cosine"))
     with pytest.raises(ValueError, match="max_steps"):
         arena.fit(stage, [arena.examples(4)] * 3, max_epochs=-1)
+
+
+@pytest.mark.parametrize("stage", [SFT, RewardModeling])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_under_bf16_mixed(stage, algorithm, model_folder):
+    """Lightning's own clipping refuses the fused optimizer there."""
+    batch, log = arena.examples(4) if stage is SFT else arena.pairs(4), arena.Log()
+    module, name = stage(model_folder, optim=Optim(lr=1e-3)), "policy" if stage is SFT else "reward"
+    largest = []
+
+    def look(*_):
+        largest.append(max(p.grad.abs().max().item() for p in module.parameters() if p.grad is not None))
+
+    settings = {"precision": "bf16-mixed", "gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
+    optimizers = module.configure_optimizers
+
+    def configure():
+        made = optimizers()
+        made["optimizer"].register_step_post_hook(look)
+        return made
+
+    module.configure_optimizers = configure
+    arena.fit(module, [batch], callbacks=[log], **settings)
+    assert 0 < largest[0] <= 1.001e-3
+    assert (f"{name}/grad_norm" in log.rows[0]) == (algorithm == "norm")
