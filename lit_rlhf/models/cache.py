@@ -1,4 +1,4 @@
-"""Keys and values of a decoder in buffers that are allocated once, whose rows can be fanned out and dropped."""
+"""Read prompts and further tokens into a cache whose rows can be fanned out and dropped."""
 
 from __future__ import annotations
 
@@ -23,112 +23,14 @@ def new_cache(model: Any, columns: int) -> Any | None:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    from lit_rlhf.models.buffers import BufferedCache, BufferedLayer
+
     if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
         return None
     kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
     if not kinds or not set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
-    cache_type, layer_type = _types()
-    return cache_type(layers=[layer_type(columns, kind is DynamicSlidingWindowLayer) for kind in kinds])
-
-
-_TYPES: list[Any] = []
-
-
-def _types() -> tuple[Any, Any]:
-    """The two classes; made when first needed, since importing transformers takes seconds."""
-    if _TYPES:
-        return _TYPES[0], _TYPES[1]
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class BufferedLayer(DynamicLayer):
-        """One layer's keys and values [B, heads, columns, head size], of which the first ``used`` columns count.
-
-        A sliding-window layer keeps all columns too: the mask leaves out what is beyond the window.
-        """
-
-        def __init__(self, columns: int, is_sliding: bool) -> None:
-            super().__init__()
-            self.columns, self.is_sliding, self.used = columns, is_sliding, 0
-            self.key_buffer: Tensor
-            self.value_buffer: Tensor
-
-        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.key_buffer, self.value_buffer = (
-                states.new_empty(*states.shape[:2], self.columns, states.shape[3])
-                for states in (key_states, value_states)
-            )
-            self.is_initialized = True
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            start, self.used = self.used, self.used + key_states.shape[2]
-            self.key_buffer[:, :, start : self.used] = key_states
-            self.value_buffer[:, :, start : self.used] = value_states
-            self.keys, self.values = self.key_buffer[:, :, : self.used], self.value_buffer[:, :, : self.used]
-            return self.keys, self.values
-
-        def get_seq_length(self, *args: Any) -> int:
-            return self.used
-
-        def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-            query = query_length if isinstance(query_length, int) else query_length.shape[0]
-            return self.used + query, 0
-
-        def place(self, other: Any, rows: Tensor, of: Tensor, used: int) -> None:
-            """Write ``other``'s rows ``of`` [N] into rows ``rows`` [N], their last column at ``used`` − 1."""
-            start = used - other.used
-            for buffer, states in ((self.key_buffer, other.keys), (self.value_buffer, other.values)):
-                buffer[rows, :, start:used] = states[of]
-                if start:  # under the mask it is multiplied by 0, and 0 times the NaN of fresh memory is NaN
-                    buffer[rows, :, :start] = 0
-            self.used = used
-
-        def shrink(self, count: int, holes: Tensor, movers: Tensor) -> None:
-            """Keep the first ``count`` rows, after ``movers`` have taken the places of ``holes``."""
-            for buffer in (self.key_buffer, self.value_buffer):
-                buffer[holes, :, : self.used] = buffer[movers, :, : self.used]
-            self.key_buffer, self.value_buffer = self.key_buffer[:count], self.value_buffer[:count]
-
-    class BufferedCache(Cache):
-        """Layers of one model, whose rows are handled together."""
-
-        def fan_in(self, other: Any, rows: Tensor, of: Tensor, used: int, total: int) -> None:
-            """Take rows of a cache that has read some prompts.
-
-            Args:
-                other: a cache of the same model.
-                rows: [N] where they go.
-                of: [N] which of the other's rows.
-                used: columns in use afterwards; shorter prompts end there too.
-                total: rows of this cache.
-            """
-            for mine, theirs in zip(self.layers, other.layers, strict=True):
-                if not mine.is_initialized:
-                    mine.lazy_initialization(
-                        *(states[:1].expand(total, -1, -1, -1) for states in (theirs.keys, theirs.values))
-                    )
-                mine.place(theirs, rows, of, used)
-
-        def drop_rows(self, gone: Tensor) -> Tensor:
-            """Drop the rows where ``gone`` [B] is True; rows from the end take their places, the others stay put.
-
-            Returns:
-                [N] which row stands at each place afterwards.
-            """
-            stay = (~gone).nonzero().squeeze(1)
-            count = len(stay)
-            holes, movers = gone[:count].nonzero().squeeze(1), stay[stay >= count]
-            for layer in self.layers:
-                layer.shrink(count, holes, movers)
-            now = torch.arange(count, device=gone.device)
-            now[holes] = movers
-            return now
-
-    _TYPES.extend((BufferedCache, BufferedLayer))
-    return BufferedCache, BufferedLayer
+    return BufferedCache(layers=[BufferedLayer(columns, kind is DynamicSlidingWindowLayer) for kind in kinds])
 
 
 def cache_bytes(model: Any) -> int:

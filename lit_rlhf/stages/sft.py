@@ -13,7 +13,7 @@ from lit_rlhf.batch import Examples, Prompts
 from lit_rlhf.metrics import Perplexity, TokenAccuracy
 from lit_rlhf.models import Network, keep_adapters_only, load_causal, load_tokenizer, next_token_logprobs, save_folder
 from lit_rlhf.objectives import next_token_loss
-from lit_rlhf.rollout import GenerateSampler, Sampling
+from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.measure import answer
@@ -57,7 +57,7 @@ class SFT(LightningModule):
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
         keep_adapters_only(self, ["policy"])
-        self.sampler = GenerateSampler()
+        self.sampler = DecodeSampler()
         self.sample_prompts, self.seed = sample_prompts, seed
         self.samples: list[dict[str, Any]] = []
         self.step_tokens: int | Tensor = 0
