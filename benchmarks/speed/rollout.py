@@ -189,33 +189,39 @@ def ablation(repeats: int) -> list[dict[str, Any]]:
     return found
 
 
-def growth(picture: Path, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of a full 1M rollout against responses, response length and group size; drawn as well."""
-    import matplotlib.pyplot as plt
+AXES = {"rows": (4, 8, 16, 32, 64, 128), "response_tokens": (16, 32, 64, 128, 256), "group": (1, 2, 4, 8, 16, 32)}
 
-    base = {"rows": 32, "group": 8, "response_tokens": 64}
-    axes = {"rows": (4, 8, 16, 32, 64, 128), "response_tokens": (16, 32, 64, 128, 256), "group": (1, 2, 4, 8, 16, 32)}
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
-    found = []
+
+def growth(repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a full 1M rollout against prompts, response length and group size."""
+    base, found = {"rows": 32, "group": 8, "response_tokens": 64}, []
     with tempfile.TemporaryDirectory() as name:
         save_models("1m", Path(name))
-        for panel, (axis, values) in zip(panels, axes.items(), strict=True):
+        for axis, values in AXES.items():
             for value in values:
                 bench = Bench(Work("grpo", steps=1, **{**base, axis: value}), Path(name))
-                way = {"ours": bench.ours, "generate + pass": bench.generate_and_read}
-                found.append({"axis": axis, "value": value, **interleaved(way, repeats)})
-            rows = [row for row in found if row["axis"] == axis]
-            for way_name, style in (("ours", "o-"), ("generate + pass", "s--")):
-                panel.loglog([row["value"] for row in rows], [row[way_name] for row in rows], style, label=way_name)
-            panel.set_xlabel(
-                {"rows": "prompts", "response_tokens": "tokens a response"}.get(axis, "responses a prompt")
-            )
-            panel.set_ylabel("CPU seconds")
-            panel.grid(alpha=0.3, which="both")
+                ways = {"ours": bench.ours, "generate + pass": bench.generate_and_read}
+                found.append({"axis": axis, "value": value, **interleaved(ways, repeats)})
+    return found
+
+
+def draw_growth(found: list[dict[str, Any]], picture: Path) -> None:
+    """A panel for each axis."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
+    for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
+        rows = [row for row in found if row["axis"] == axis]
+        for way, style in (("ours", "o-"), ("generate + pass", "s--")):
+            panel.loglog([row["value"] for row in rows], [row[way] for row in rows], style, label=way)
+        panel.set_xlabel({"rows": "prompts", "response_tokens": "tokens a response"}.get(axis, "responses a prompt"))
+        panel.set_xticks(values, [str(value) for value in values])
+        panel.minorticks_off()
+        panel.set_ylabel("CPU seconds")
+        panel.grid(alpha=0.3)
     panels[0].legend()
     figure.suptitle("Rollout of the 1M model; elsewhere 32 prompts × 8 responses × 64 tokens")
     figure.savefig(picture, dpi=110)
-    return found
 
 
 def main() -> None:
@@ -237,7 +243,8 @@ def main() -> None:
     if asked.ablation:
         rows = ablation(asked.repeats)
     elif asked.growth:
-        rows = growth(asked.growth, asked.repeats)
+        rows = growth(asked.repeats)
+        draw_growth(rows, asked.growth)
     else:
         rows = [compare(*case, asked.repeats, rates) for case in TABLE]
     print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
