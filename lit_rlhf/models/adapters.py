@@ -98,20 +98,22 @@ def merged(model: nn.Module) -> Iterator[None]:
     The weights come back bit for bit, since they are put aside and not computed back. Adapters on sharded weights, or
     on weights in half precision (which would round the adapters' part away), are left as they are.
     """
-    layers = [layer for layer in _adapted(model).values() if layer.base_layer.weight.dtype == torch.float32]
-    layers = [layer for layer in layers if not hasattr(layer.base_layer.weight, "full_tensor")]
-    before = [(layer, layer.base_layer.weight.data, layer._disable_adapters) for layer in layers]
-    before = [entry for entry in before if not entry[2]]  # switched off already: nothing to add
+    before = []
+    for layer in _adapted(model).values():
+        weight = layer.base_layer.weight
+        is_whole = not hasattr(weight, "full_tensor")
+        if weight.dtype == torch.float32 and is_whole and not layer._disable_adapters:
+            before.append((layer, weight.data))
     try:
         with torch.no_grad():
-            for layer, weight, _ in before:
+            for layer, weight in before:
                 layer.base_layer.weight.data = weight + layer.get_delta_weight(ADAPTER)
                 layer._disable_adapters = True
         yield
     finally:
-        for layer, weight, was_off in before:
+        for layer, weight in before:
             layer.base_layer.weight.data = weight
-            layer._disable_adapters = was_off
+            layer._disable_adapters = False
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.cache import cache_bytes, new_cache, read_on
-from lit_rlhf.models.causal import stop_ids
 from lit_rlhf.models.roles import evaluating
 from lit_rlhf.models.sharding import gathered
 from lit_rlhf.objectives.likelihood import entropy_from_logits
 from lit_rlhf.rollout.draw import draw, uniforms
-from lit_rlhf.rollout.edges import check, finish, warn_if_filtered
+from lit_rlhf.rollout.edges import finish, prepare, warn_if_filtered
 from lit_rlhf.rollout.generate import GenerateSampler
 from lit_rlhf.rollout.sampling import Sampling
 
@@ -74,9 +73,7 @@ class DecodeSampler:
         if not self._warned:
             self._warned = sampling.filtered
             warn_if_filtered(sampling)
-        prompts = prompts.to(policy.device)
-        check(policy, tokenizer, prompts, sampling)
-        stops = stop_ids(policy, tokenizer) if sampling.stop_ids is None else tuple(sampling.stop_ids)
+        prompts, stops = prepare(policy, tokenizer, prompts, sampling)
         numbers = torch.arange(len(prompts)) if prompts.rows is None else prompts.rows
         random = uniforms(seed, numbers.to(policy.device), sampling.max_new_tokens)
         with evaluating(policy), gathered(policy), merged(policy):

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
+from lit_rlhf.models.causal import stop_ids
 from lit_rlhf.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check(policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, sampling: Sampling) -> None:
-    """Refuse what cannot be sampled.
+def prepare(
+    policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, sampling: Sampling
+) -> tuple[Prompts, tuple[int, ...]]:
+    """Refuse what cannot be sampled; give the prompts on the policy's device and the ids that end a response.
 
     Raises:
         ValueError: no pad token, or prompt and response would not fit the model's positions.
@@ -31,10 +34,12 @@ def check(policy: Any, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, sam
             f"{longest + sampling.max_new_tokens}, but the model has {limit} positions: lower sampling.max_new_tokens "
             "or the data's max_prompt_length"
         )
+    stops = stop_ids(policy, tokenizer) if sampling.stop_ids is None else tuple(sampling.stop_ids)
+    return prompts.to(policy.device), stops
 
 
 def warn_if_filtered(sampling: Sampling) -> None:
-    """Say that filtered sampling biases ratios and KL; Python shows a warning once a place."""
+    """Say that filtered sampling biases ratios and KL; a sampler asks once."""
     if sampling.filtered:
         warnings.warn(
             f"sampling is filtered (top_k={sampling.top_k}, top_p={sampling.top_p}, min_p={sampling.min_p}, "

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models.causal import stop_ids
 from lit_rlhf.models.roles import evaluating
 from lit_rlhf.models.sharding import gathered
-from lit_rlhf.rollout.edges import check, finish, warn_if_filtered
+from lit_rlhf.rollout.edges import finish, prepare, warn_if_filtered
 from lit_rlhf.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -120,9 +119,7 @@ class GenerateSampler:
         if not self._warned:
             self._warned = sampling.filtered
             warn_if_filtered(sampling)
-        prompts = prompts.to(policy.device)
-        check(policy, tokenizer, prompts, sampling)
-        stops = stop_ids(policy, tokenizer) if sampling.stop_ids is None else tuple(sampling.stop_ids)
+        prompts, stops = prepare(policy, tokenizer, prompts, sampling)
         record = _Record(sampling, stops, prompts.ids.shape[1])
         seed = _own_seed(prompts, seed)
         with evaluating(policy), gathered(policy), _plain_settings(policy), _seeded(policy.device, seed):

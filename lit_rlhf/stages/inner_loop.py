@@ -51,7 +51,7 @@ class InnerLoop(LightningModule):
     def __init__(self, updates: Updates, seed: int) -> None:
         super().__init__()
         self.updates = Plan(updates)
-        self.target_kl, self.seed = updates.target_kl, seed
+        self.seed = seed
         self.rollout_metrics: dict[str, Tensor | float] = {}
         for counter in ("episodes", "tokens", "update_count"):
             self.register_buffer(counter, torch.zeros((), dtype=torch.long))
@@ -191,9 +191,10 @@ class InnerLoop(LightningModule):
 
     def _kl_exceeded(self, step: int) -> bool:
         """Whether this step's approximate KL passed the target; decided on all ranks together."""
-        if self.target_kl is None:
+        target = self.updates.settings.target_kl
+        if target is None:
             return False
-        return bool(self.mean_over_ranks(self.updates.mean_metrics(step)["policy/approx_kl"]) > self.target_kl)
+        return bool(self.mean_over_ranks(self.updates.mean_metrics(step)["policy/approx_kl"]) > target)
 
     def configure_gradient_clipping(
         self,

@@ -123,6 +123,16 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, algori
     return norms
 
 
+def clip_and_log(
+    module: LightningModule,
+    optimizer: torch.optim.Optimizer,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: str | None = None,
+) -> None:
+    """Clip the gradient and log its norm; a stage takes it as its ``configure_gradient_clipping``."""
+    module.log_dict(clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm), batch_size=1)
+
+
 def divide_gradients(optimizer: torch.optim.Optimizer, count: float) -> None:
     """Divide every gradient by ``count``: the gradient of a step's sum becomes that of its mean.
 

@@ -15,7 +15,7 @@ from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_token
 from lit_rlhf.objectives import centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
-from lit_rlhf.stages.optim import Optim, clip_gradients, configure, divide_gradients
+from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
 
 
@@ -97,14 +97,7 @@ class RewardModeling(LightningModule):
         divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
         self.step_prompts = 0.0
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm of the whole gradient, and log the norm."""
-        self.log_dict(clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm), batch_size=1)
+    configure_gradient_clipping = clip_and_log
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Held-out loss, accuracy and calibration; keep the scores for their mean and spread."""

@@ -17,7 +17,7 @@ from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.measure import answer
-from lit_rlhf.stages.optim import Optim, clip_gradients, configure, divide_gradients
+from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
 from lit_rlhf.stages.seeds import seed_for
 
@@ -94,14 +94,7 @@ class SFT(LightningModule):
         divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
         self.step_tokens = 0
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm of the whole gradient, and log the norm."""
-        self.log_dict(clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm), batch_size=1)
+    configure_gradient_clipping = clip_and_log
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""

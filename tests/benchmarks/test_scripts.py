@@ -47,7 +47,7 @@ def test_what_an_ablation_takes_away_changes_the_work_and_not_the_draws(remedy, 
     whole = bench.ours()
     tokens = sum(rows * width for rows, width in seen)
     seen.clear()
-    with rollout.without(remedy, bench):
+    with rollout.without(remedy):
         plain = bench.ours()
     if remedy == "two-level draw":
         assert not torch.equal(plain.response_ids, whole.response_ids)

@@ -43,12 +43,12 @@ def test_plan_covers_every_row_once_an_epoch_and_starts_in_sampled_order():
 
 def test_all_processes_plan_as_many_passes():
     counts = []
-    for lengths in ([3, 3, 3, 3], [9, 1, 1, 1]):
+    for lengths in ([3, 3, 3, 3], [9, 1, 1, 1], [9, 9, 9, 9]):
         Plan(Updates(micro_batch_tokens=14)).draw_up(
             arena.rollout(lengths), seed=1, max_over_ranks=lambda found: counts.append(found) or found
         )
     most = torch.stack(counts).amax(dim=0)
-    for lengths in ([3, 3, 3, 3], [9, 1, 1, 1]):
+    for lengths in ([3, 3, 3, 3], [9, 1, 1, 1], [9, 9, 9, 9]):
         plan = Plan(Updates(micro_batch_tokens=14))
         plan.draw_up(arena.rollout(lengths), seed=1, max_over_ranks=lambda found: torch.maximum(found, most))
         assert [len(step) for step in plan.steps] + [len(plan.wide)] == most.tolist()
