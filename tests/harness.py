@@ -6,8 +6,11 @@ An ``Objective`` wraps a function as ``call(tensors, mask)``. Its tensors are [B
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -34,6 +37,7 @@ class Objective:
     unit: int = 1  # rows that belong together
     coupled: bool = False  # rows of the whole batch see each other: parts do not add up to the whole
     differentiable: bool = True
+    stops_gradient: bool = False  # in part of it: autograd and finite differences need not agree
 
     def __str__(self) -> str:
         return self.name
@@ -170,6 +174,24 @@ def check_nothing_counts(objective: Objective) -> None:
         assert (out[3] == 0).all()
         if not objective.coupled:
             _same([out[:3]], [run(objective, [tensor[:3] for tensor in tensors], MASK[:3])[0]])
+
+
+def on_two_ranks(call: Callable[[Any, Callable[[Tensor], Tensor]], Tensor], parts: Sequence[Any]) -> list[Tensor]:
+    """What ``call(part, over_ranks)`` gives on each of two processes: threads that wait for each other to add up."""
+    barrier, slots = threading.Barrier(2, timeout=10), [torch.empty(0)] * 2
+
+    def work(rank: int) -> Tensor:
+        def add(x: Tensor) -> Tensor:
+            slots[rank] = x
+            barrier.wait()
+            total = slots[0] + slots[1]
+            barrier.wait()
+            return total
+
+        return call(parts[rank], add)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, range(2)))
 
 
 MASKED = (check_garbage, check_extra_padding, check_nothing_counts)

@@ -1,13 +1,9 @@
-"""Assign credit: from scores of whole responses to rewards, returns and advantages of single tokens."""
+"""Assign credit over time: from scores of whole responses to rewards, returns and advantages of single tokens."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-Scale = Literal["group", "batch", "none"]
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -55,7 +51,8 @@ def generalized_advantages(
         Advantages [B, T] and returns [B, T], both 0 where nothing counts.
 
     Sources: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; Schulman et al. 2017 (PPO, arXiv 1707.06347) eq. 11–12.
-    Unlike there nothing is bootstrapped past the last token.
+    Unlike there nothing is bootstrapped past the last token. With λ = 1 it is REINFORCE with the critic as baseline:
+    A_t = ``rewards_to_go`` − V_t.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
     >>> generalized_advantages(rewards, values, torch.tensor([[True, True]]), gamma=1.0, lam=1.0)
@@ -92,69 +89,3 @@ def rewards_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     tensor([[0.5000, 1.0000, 0.0000]])
     """
     return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
-
-
-def _spread(deviations: Tensor) -> Tensor:
-    """Sample standard deviation along the last dimension, from deviations off the mean; 0 for a single entry."""
-    return (deviations.square().sum(-1, keepdim=True) / max(deviations.shape[-1] - 1, 1)).sqrt()
-
-
-def _center(scores: Tensor, group_size: int) -> Tensor:
-    """Scores less their group's mean, [B / G, G]; exactly 0 in a group of equals, however the mean rounds."""
-    groups = scores.reshape(-1, group_size)
-    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
-    return torch.where(equal, 0.0, groups - groups.mean(1, keepdim=True))
-
-
-def group_advantages(scores: Tensor, group_size: int, *, scale: Scale = "group") -> Tensor:
-    """Compare each response with the others drawn for the same prompt.
-
-    A_i = (s_i − mean_group(s)) / (std(s) + 1e-4), std with n − 1, of the group or the batch; ``none`` does not divide.
-
-    Args:
-        scores: Judgement of each whole response, [B], the G responses of a prompt side by side.
-        group_size: G; must divide B. A group of one, or of equal scores, gets exactly 0.
-        scale: Whose standard deviation divides: that of the ``group`` (GRPO), of all B scores (``batch``), or
-            ``none`` (Dr. GRPO).
-
-    Returns:
-        [B], one advantage for all tokens of a response.
-
-    Raises:
-        ValueError: If ``scale`` is none of the three.
-
-    Sources: ``group`` Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300) §4.1.2; ``none`` Liu et al. 2025 (Dr. GRPO,
-    arXiv 2503.20783) §3; ``batch`` Liu et al. 2025 (Lite PPO, arXiv 2508.08221). The papers name neither n − 1 nor the
-    1e-4, which keeps groups of nearly equal scores from being blown up; both are what TRL does.
-
-    >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2, scale="none")
-    tensor([-1.,  1.,  0.,  0.])
-    """
-    centered = _center(scores, group_size)
-    if scale == "group":
-        centered = centered / (_spread(centered) + 1e-4)
-    elif scale == "batch":
-        centered = centered / (_spread(_center(scores, scores.numel())) + 1e-4)
-    elif scale != "none":
-        raise ValueError(f"scale is {scale!r}; expected 'group', 'batch' or 'none'")
-    return centered.reshape(-1)
-
-
-def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
-    """Compare each response with the mean of the *other* responses to the same prompt (RLOO).
-
-    A_i = s_i − Σ_{j≠i} s_j / (G − 1) = G / (G − 1)·(s_i − mean_group(s)).
-
-    Args:
-        scores: Judgement of each whole response, [B], the G responses of a prompt side by side.
-        group_size: G; must divide B. A response without others gets 0.
-
-    Returns:
-        [B], one advantage for all tokens of a response.
-
-    Source: Ahmadian et al. 2024 (arXiv 2402.14740) §2.2, after Kool et al. 2019.
-
-    >>> leave_one_out_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
-    tensor([-2.,  2.,  0.,  0.])
-    """
-    return (_center(scores, group_size) * (group_size / max(group_size - 1, 1))).reshape(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
-_MAX_LOG_RATIO = 20.0  # exp(20) ≈ 5e8: far past any healthy ratio, far below overflow
+MAX_LOG_RATIO = 20.0  # exp(20) ≈ 5e8: far past any healthy ratio, far below overflow
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
@@ -19,7 +19,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
 
     k1 and k3 are unbiased; k1 may be negative, k2 (biased) and k3 never are. As part of a loss that is differentiated:
     k1 has a gradient of mean zero and so does nothing, k2 has the gradient of KL(π‖π_ref) while the policy is the one
-    that sampled, k3 that of KL(π_ref‖π). Hence k1 in the reward, k2 or k3 in the loss.
+    that sampled, k3 that of KL(π_ref‖π). As a detached number that the score-function gradient multiplies (in a reward
+    or a score): k1 gives the gradient of KL(π‖π_ref), k3 that less the gradient of KL(π_ref‖π), k2 neither. Hence k1 in
+    the reward, k2 or k3 in the loss.
 
     Args:
         logprobs: log π of the sampled tokens under the policy that sampled them, [B, T]; in a loss, under the present
@@ -46,7 +48,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
     if estimator == "k2":
         return difference.square() / 2
     if estimator == "k3":
-        difference = difference.clamp(max=_MAX_LOG_RATIO)
+        difference = difference.clamp(max=MAX_LOG_RATIO)
         return torch.expm1(difference) - difference
     raise ValueError(f"estimator is {estimator!r}; expected 'k1', 'k2' or 'k3'")
 
@@ -74,3 +76,26 @@ def adapt_kl_coef(coef: float, kl: float, *, target: float, horizon: float, samp
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * samples / horizon)
+
+
+def adapt_kl_penalty(penalty: float, kl: float, *, target: float) -> float:
+    """Double or halve the price of leaving the policy that sampled, so that the KL stays near its target.
+
+    β ← β / 2 if KL < target / 1.5;  β ← 2·β if KL > 1.5·target;  else β stays.
+
+    Args:
+        penalty: β that ``penalized_policy_loss`` paid during these updates.
+        kl: KL(π_old‖π) a token (nats), measured when the updates on a rollout are done.
+        target: The KL wanted, in the same unit.
+
+    Returns:
+        β for the next rollout.
+
+    Source: Schulman et al. 2017 (PPO, arXiv 1707.06347) §4.
+
+    >>> [adapt_kl_penalty(1.0, kl, target=0.01) for kl in (0.006, 0.01, 0.016)]
+    [0.5, 1.0, 2.0]
+    """
+    if kl < target / 1.5:
+        return penalty / 2
+    return penalty * 2 if kl > target * 1.5 else penalty

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
+OverRanks = Callable[[Tensor], Tensor]  # adds a tensor up over the processes, entry by entry
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None, *, over_ranks: OverRanks | None = None) -> Tensor:
     """Average the counted entries.
 
     mean(x) = Σ mask·x / Σ mask, and 0 where nothing counts.
@@ -19,6 +21,8 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
         x: Values of any kind, [...].
         mask: Which of them count, bool, the shape of ``x``.
         dim: Dimension to average over; None = all of them.
+        over_ranks: Adds a tensor up over the processes, for the mean of what all of them hold; every process must
+            call it, and no gradient is promised. None = this process alone.
 
     Returns:
         A scalar, or ``x`` without dimension ``dim``.
@@ -27,12 +31,13 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     tensor(2.)
     """
     kept = torch.where(mask, x, 0.0)
-    if dim is None:
-        return kept.sum() / mask.sum().clamp(min=1)
-    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
+    total, count = (kept.sum(), mask.sum()) if dim is None else (kept.sum(dim), mask.sum(dim))
+    if over_ranks is not None:
+        total, count = over_ranks(total), over_ranks(count)
+    return total / count.clamp(min=1)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor, *, center: bool = True, over_ranks: OverRanks | None = None) -> Tensor:
     """Scale the counted entries to variance 1, and shift them to mean 0 if ``center``.
 
     y = (x − μ) / √(σ² + 1e-8) [+ μ if not centered], with μ and σ² (population variance) over the counted entries.
@@ -41,6 +46,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
         x: Advantages or rewards of the sampled responses, [B, T].
         mask: Tokens of the response, bool [B, T].
         center: True moves the mean to 0 (advantages), False leaves it where it is (rewards).
+        over_ranks: Adds a tensor up over the processes, so that μ and σ² are those of all of them; None = this one's.
 
     Returns:
         [B, T], 0 where nothing counts.
@@ -51,9 +57,9 @@ def masked_whiten(x: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
     >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([[-1.,  1.,  0.]])
     """
-    mean = masked_mean(x, mask)
+    mean = masked_mean(x, mask, over_ranks=over_ranks)
     centered = torch.where(mask, x - mean, 0.0)
-    whitened = centered * torch.rsqrt(masked_mean(centered.square(), mask) + 1e-8)
+    whitened = centered * torch.rsqrt(masked_mean(centered.square(), mask, over_ranks=over_ranks) + 1e-8)
     return whitened if center else torch.where(mask, whitened + mean, 0.0)
 
 
@@ -82,6 +88,10 @@ def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: fl
 
     L = Σ_b Σ_t w_bt·ℓ_bt / denominator. ``token_mean`` and ``fixed_length``: w = 1; ``sequence_mean``: w = 1 / |y_b|,
     the mean over each response. The sum runs over counted tokens; with nothing to count L is 0.
+
+    A response that shall not teach anything, one that was cut off for example, gets a row of False: it adds 0 and sends
+    no gradient, and the two means do not count it. To keep the others' weight what it would have been with it, pass
+    a ``denominator`` that counts it.
 
     Args:
         per_token: Losses ℓ, [B, T].

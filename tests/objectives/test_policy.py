@@ -181,5 +181,5 @@ def test_weight_of_a_token_under_each_aggregation(
 
 def test_an_unknown_ratio_is_refused() -> None:
     one = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="ratio is 'word'; expected 'token' or 'sequence'"):
+    with pytest.raises(ValueError, match="ratio is 'word'; expected 'token', 'sequence' or 'sequence_token'"):
         loss(one, one, one, one > 0, ratio="word")

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_rlhf.objectives import calibration_error, centering_loss, group_mean, pairwise_loss, ranking_loss
+from lit_rlhf.objectives import (
+    accuracy_by_margin,
+    best_of_k_loss,
+    calibration_error,
+    centering_loss,
+    group_mean,
+    pairwise_loss,
+    ranking_loss,
+    score_length_correlation,
+)
 
 
 def close(actual: Tensor, expected: object, tolerance: float = 1e-9) -> None:
@@ -107,3 +116,85 @@ def test_bins_keep_opposite_errors_apart() -> None:
     )  # .6 right twice, .9 right half the time
     close(calibration_error(margins, 1), 0.0)
     close(calibration_error(margins, 10), 0.4)
+
+
+@harness.FEW
+@given(harness.numbers(3), harness.numbers(3), st.floats(0, 0.5))
+def test_smoothed_labels_are_the_oracle(chosen: list[float], rejected: list[float], wrong: float) -> None:
+    rows = zip(chosen, rejected, strict=True)
+    actual = pairwise_loss(tensor(chosen), tensor(rejected), label_smoothing=wrong)
+    close(actual, [oracles.smoothed_bradley_terry(*row, wrong) for row in rows], 1e-7)
+
+
+def test_smoothing_stops_at_the_honest_lead() -> None:
+    """A tenth labelled wrong: a lead of log 9 has no gradient, a greater one is pulled back; a margin shifts it."""
+    lead = tensor([math.log(9), 3.0, math.log(9) + 1]).requires_grad_()
+    loss = pairwise_loss(lead, torch.zeros(3), label_smoothing=0.1, margin=tensor([0.0, 0.0, 1.0]))
+    grad = torch.autograd.grad(loss.sum(), lead)[0]
+    close(grad[[0, 2]], [0.0, 0.0])
+    assert grad[1] > 0
+    close(pairwise_loss(tensor([1e4]), tensor([0.0]), label_smoothing=0.1), [1e3])
+
+
+@harness.FEW
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
+def test_best_of_k_is_the_oracle(sizes: list[int], data: st.DataObject) -> None:
+    """Prompts with different numbers of responses, their rows interleaved or not."""
+    scores = [data.draw(harness.numbers(size)) for size in sizes]
+    rows = [(k, p, s) for p, prompt in enumerate(scores) for k, s in enumerate(prompt)]
+    for order in (sorted(rows), sorted(rows, key=lambda row: row[1])):
+        groups = torch.tensor([p for _, p, _ in order])
+        actual = best_of_k_loss(tensor([s for *_, s in order]), groups)
+        close(actual, [oracles.best_of_k(prompt) for prompt in scores], 1e-7)
+
+
+def test_best_of_two_is_a_pair_and_gaps_are_nothing() -> None:
+    scores = torch.randn(8, dtype=torch.float64)
+    close(best_of_k_loss(scores, torch.arange(8) // 2), pairwise_loss(scores[::2], scores[1::2]))
+    close(
+        best_of_k_loss(scores[:3], torch.tensor([2, 2, 0])), [0.0, 0.0, pairwise_loss(scores[:1], scores[1:2]).item()]
+    )
+    assert best_of_k_loss(scores[:0], torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("bins", [1, 4, 10])
+@harness.FEW
+@given(margins=st.lists(st.floats(-6, 6), min_size=1, max_size=12))
+def test_reliability_is_the_oracle(margins: list[float], bins: int) -> None:
+    actual = accuracy_by_margin(tensor(margins), bins)
+    counts, accuracy, confidence = zip(*oracles.reliability(margins, bins), strict=True)
+    assert actual.counts.tolist() == list(counts)
+    close(actual.accuracy, accuracy, 1e-7)
+    close(actual.confidence, confidence, 1e-7)
+    close(actual.edges, [0.5 + 0.5 * i / bins for i in range(bins + 1)])
+    assert actual.counts.sum() == len(margins)
+
+
+def test_reliability_by_hand() -> None:
+    """A tie, a lead of log 3 (sure to three quarters) that wins and one that loses, in bins of a quarter."""
+    lead = math.log(3) + 1e-6
+    edges, counts, accuracy, confidence = accuracy_by_margin(tensor([0.0, lead, -lead]), 2)
+    assert counts.tolist() == [1, 2]
+    close(accuracy, [0.5, 0.5])
+    close(confidence, [0.5, 0.75], 1e-5)
+    close(edges, [0.5, 0.75, 1.0])
+    assert accuracy_by_margin(tensor([]), 3).counts.tolist() == [0, 0, 0]
+
+
+@harness.FEW
+@given(harness.numbers(5), st.lists(st.integers(1, 200), min_size=5, max_size=5))
+def test_length_correlation_is_the_oracle(scores: list[float], lengths: list[int]) -> None:
+    actual = score_length_correlation(tensor(scores), torch.tensor(lengths))
+    if max(scores) - min(scores) > 1e-3 or max(scores) == min(scores):
+        close(actual, oracles.correlation(scores, lengths), 1e-6)
+
+
+def test_length_correlation_of_known_judges() -> None:
+    lengths = torch.tensor([3, 900, 41, 7])
+    close(score_length_correlation(2.0 * lengths - 1, lengths), 1.0, 1e-6)
+    close(score_length_correlation(-lengths.double(), lengths), -1.0, 1e-6)
+    close(score_length_correlation(tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([1, 1, 2, 2])), 0.0)
+    for scores, of in ((torch.full((7,), 1e4 / 3), torch.arange(7)), (torch.randn(7), torch.full((7,), 9))):
+        assert score_length_correlation(scores, of) == 0
+    assert score_length_correlation(tensor([]), torch.tensor([])) == 0
+    assert score_length_correlation(tensor([1.0]), torch.tensor([4])) == 0

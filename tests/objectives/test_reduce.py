@@ -86,6 +86,17 @@ def test_nothing_to_count_is_zero(how: str, denominator: float | Tensor | None) 
     assert (losses.grad == 0).all()
 
 
+@pytest.mark.parametrize(("how", "left", "kept"), [("token_mean", 3, 7), ("sequence_mean", 2, 3)])
+def test_a_response_that_was_cut_off_can_be_left_out(how: str, left: int, kept: int) -> None:
+    """Its row of False adds nothing and is not counted, unless the denominator from outside counts it."""
+    mask = torch.arange(4) < torch.tensor([[2], [4], [1]])
+    losses = torch.randn(3, 4, requires_grad=True)
+    without = mask & torch.tensor([[True], [False], [True]])
+    close(aggregate(losses, without, how), aggregate(losses[[0, 2]], mask[[0, 2]], how))
+    close(aggregate(losses, without, how) * left, aggregate(losses, without, how, float(kept)) * kept)
+    assert (torch.autograd.grad(aggregate(losses, without, how), losses)[0][1] == 0).all()
+
+
 def test_an_unknown_aggregation_is_refused() -> None:
     with pytest.raises(ValueError, match="how is 'mean'; expected 'token_mean', 'sequence_mean' or 'fixed_length'"):
         aggregate(torch.ones(1, 1), torch.ones(1, 1) > 0, "mean")
