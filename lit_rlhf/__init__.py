@@ -15,7 +15,10 @@ _HOMES = {
     "lit_rlhf.models": ("Lora", "Network"),
     "lit_rlhf.rollout": ("DecodeSampler", "GenerateSampler", "Sampling"),
     "lit_rlhf.rewards": ("MissingEOS", "RewardModel", "Rewards"),
-    "lit_rlhf.stages": ("GRPO", "PPO", "SFT", "Optim", "RewardModeling", "Updates"),
+    "lit_rlhf.stages": (
+        *("GRPO", "PPO", "SFT", "RewardModeling"),
+        *("Advantages", "Clip", "Correction", "Entropy", "KL", "Optim", "Shaping", "Updates", "Value"),
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

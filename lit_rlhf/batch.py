@@ -66,6 +66,7 @@ class Prompts:
     prompts: tuple[Any, ...]  # B prompts as the dataset holds them: text, or a list of messages
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # every other column; reaches the rewards
     rows: Tensor | None = None  # [B] long, number of each row in the batch of all processes; None = 0 … B − 1
+    pretraining: Examples | None = None  # texts beside the prompts, for PPO-ptx; not by row
 
     to = _to
     with_ = _with
@@ -142,11 +143,17 @@ class Rollout:
     ref_logprobs: Tensor | None = None  # [B, T] of the reference, where there is one
     values: Tensor = _LATER  # [B, T] of the critic, before any update
     scores: Tensor = _LATER  # [B] from the judges
+    parts: dict[str, Tensor] | None = None  # by reward, [B] before weighting, NaN where it does not apply
+    step_scores: Tensor | None = None  # [B, S] of a response's steps, weighted, where a reward judges steps
+    step_ends: Tensor | None = None  # [B, S] long, place of each step's last token in the response, -1 = no step
+    weights: Tensor | None = None  # [B, T] importance weights, where the sampler was not the policy
     rewards: Tensor = _LATER  # [B, T] per token, KL term included
     advantages: Tensor = _LATER  # [B, T]
     returns: Tensor = _LATER  # [B, T]
     step_tokens: float = _LATER  # response tokens of the whole optimizer step, mean over ranks
-    step_rows: float = _LATER  # sequences of the whole optimizer step, mean over ranks
+    step_rows: float = _LATER  # responses of the whole optimizer step that have any, mean over ranks
+    pretraining: Examples | None = None  # texts whose likelihood this microbatch also learns (PPO-ptx)
+    pretraining_tokens: float = _LATER  # tokens of them in the whole optimizer step, mean over ranks
 
     to = _to
     with_ = _with
@@ -180,6 +187,34 @@ class Rollout:
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
             and value.dim() == 2
-            and not f.name.startswith("prompt_")
+            and not f.name.startswith(("prompt_", "step_"))
         }
         return self.with_(prompt_ids=self.prompt_ids[:, cut:], prompt_mask=self.prompt_mask[:, cut:], **per_token)
+
+    def join(self, other: Rollout) -> Rollout:
+        """Rows of this rollout and of another one that knows as much, [B + B'] of them, padded to the wider."""
+        joined: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, Tensor):
+                joined[f.name] = _stacked(mine, theirs, left=f.name.startswith("prompt_"))
+            elif isinstance(mine, tuple):
+                joined[f.name] = mine + theirs
+            elif isinstance(mine, dict):
+                joined[f.name] = {key: _appended(column, theirs[key]) for key, column in mine.items()}
+        return self.with_(**joined)
+
+
+def _appended(mine: Any, theirs: Any) -> Any:
+    return _stacked(mine, theirs) if isinstance(mine, Tensor) else mine + theirs
+
+
+def _stacked(mine: Tensor, theirs: Tensor, left: bool = False) -> Tensor:
+    """Rows of both; the columns that one lacks are 0, which no mask counts."""
+    if mine.dim() > 1 and mine.shape[1] != theirs.shape[1]:
+        width = max(mine.shape[1], theirs.shape[1])
+        mine, theirs = (
+            torch.nn.functional.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1]))
+            for x in (mine, theirs)
+        )
+    return torch.cat([mine, theirs])

@@ -20,7 +20,7 @@ from lit_rlhf.data import PreferenceData, PromptData, SFTData
 from lit_rlhf.data.preference import Ranked
 from lit_rlhf.rewards import RewardModel
 from lit_rlhf.rollout import Sampling
-from lit_rlhf.stages import GRPO, PPO, SFT, Optim, RewardModeling, Updates
+from lit_rlhf.stages import GRPO, KL, PPO, SFT, Advantages, Optim, RewardModeling, Updates
 
 PHASES = {"time/rollout": "generate", "time/score": "score", "time/update": "update"}
 
@@ -46,19 +46,20 @@ class Steps(L.Callback):
 
 
 def rl_stage(work: Work, folder: Path) -> Any:
-    """PPO, or GRPO, which with centred scores only is the nearest to RLOO."""
+    """PPO, or GRPO, whose baseline makes it RLOO."""
     settings: dict[str, Any] = {
         "sampling": Sampling(max_new_tokens=work.response_tokens),
         "optim": Optim(lr=work.lr),
         "updates": Updates(epochs=work.epochs, minibatches=work.minibatches),
-        "kl_coef": work.kl_coef,
     }
     if work.task == "ppo":
+        settings["kl"] = KL(coef=work.kl_coef)
         judge = RewardModel(str(folder / "reward"))
         stage: Any = PPO(str(folder / "policy"), [judge], critic=str(folder / "reward"), **settings)
     else:
-        scale = "none" if work.task == "rloo" else "group"
-        settings |= {"group_size": work.group, "advantage_scale": scale}
+        baseline, scale = ("leave_one_out", "none") if work.task == "rloo" else ("group", "group")
+        settings |= {"group_size": work.group, "advantages": Advantages(baseline=baseline, scale=scale)}
+        settings["kl"] = KL(coef=work.kl_coef, estimator="k3", place="loss")
         stage = GRPO(str(folder / "policy"), [CountingReward()], **settings)
     end_by_position(stage.policy, work)
     end_by_position(stage.reference.frozen, work)

@@ -49,7 +49,7 @@ def grpo_steps(stage: Any, batches: Any) -> Iterator[int]:
         mask, advantages = rollout.mask, group_advantages(scores, stage.group_size).unsqueeze(1) * rollout.mask
         logprobs = token_logprobs(policy, rollout)
         per_token, _ = clipped_policy_loss(logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.2)
-        per_token = per_token + stage.kl_coef * kl_estimate(logprobs, ref, "k3").where(mask, 0.0)
+        per_token = per_token + stage.kl.coef * kl_estimate(logprobs, ref, "k3").where(mask, 0.0)
         aggregate(per_token, mask, "sequence_mean", float(len(rollout))).backward()
         clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()

@@ -65,10 +65,10 @@ case $step in
       --data.batch_size $groups ;;
   words) # a verifiable reward: use the given words, the same for every story; gold is watched here too
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$given, $gold]" --model.reward_weights '[1, 0]' \
-      --data.batch_size 8 --model.updates.epochs 2 --model.updates.minibatches 2 --model.kl_coef $words_kl ;;
+      --data.batch_size 8 --model.updates.epochs 2 --model.updates.minibatches 2 --model.kl.coef $words_kl ;;
   topic) # a harder one: use again what the prompt was about, other words for every story
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$topic, $gold]" --model.reward_weights '[1, 0]' \
-      --data.batch_size 8 --model.updates.epochs 2 --model.updates.minibatches 2 --model.kl_coef 0.05 --trainer.max_steps $((2 * steps)) ;;
+      --data.batch_size 8 --model.updates.epochs 2 --model.updates.minibatches 2 --model.kl.coef 0.05 --trainer.max_steps $((2 * steps)) ;;
   texts) # ten held-out prompts, the first ten, continued by every policy
     for policy in sft ppo_$seed grpo_$seed words_$seed; do
       lit-rlhf generate --model "$out/$policy/model" --prompts "$out/val.jsonl" --limit 10 --batch_size 10 \

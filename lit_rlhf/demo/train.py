@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_rlhf.data import PreferenceData, PromptData, SFTData
 from lit_rlhf.rewards import MissingEOS, RewardModel
-from lit_rlhf.stages import GRPO, PPO, SFT, Optim, RewardModeling, Updates
+from lit_rlhf.stages import GRPO, KL, PPO, SFT, Advantages, Optim, RewardModeling, Updates
 
 from .judge import gold, words_used
 from .measure import SAMPLING
@@ -141,7 +141,7 @@ def train_ppo(run: Path, sizes: Sizes, seed: int) -> None:
         sampling=SAMPLING,
         optim=Optim(lr=7e-4, eps=1e-5, schedule="linear", warmup_steps=5),
         updates=Updates(epochs=4),
-        kl_coef=0.05,
+        kl=KL(coef=0.05),
         seed=seed,
     )
     data = PromptData(str(run / "data/prompts.jsonl"), val_fraction=0, batch_size=64, seed=seed)
@@ -159,10 +159,10 @@ def train_grpo(run: Path, sizes: Sizes, seed: int) -> None:
         missing_eos=MissingEOS(penalty=3.0),
         sampling=SAMPLING,
         optim=Optim(lr=3e-4, schedule="linear"),
-        advantage_scale="none",
+        advantages=Advantages(scale="none"),
         group_size=8,
         updates=Updates(epochs=2, minibatches=2),
-        kl_coef=0.2,
+        kl=KL(coef=0.2, estimator="k3", place="loss"),
         seed=seed,
     )
     data = PromptData(str(run / "data/prompts.jsonl"), val_fraction=0, batch_size=12, seed=seed)

@@ -1,6 +1,7 @@
 """Networks: loaded, run, saved, given a role."""
 
 from lit_rlhf.models.adapters import adapters_off, has_adapters
+from lit_rlhf.models.average import Average
 from lit_rlhf.models.causal import (
     load_causal,
     load_tokenizer,
@@ -9,12 +10,21 @@ from lit_rlhf.models.causal import (
     stop_ids,
     token_logprobs,
 )
-from lit_rlhf.models.heads import load_scalar, response_values, save_scalar, sequence_scores, token_scores
+from lit_rlhf.models.heads import (
+    load_scalar,
+    new_value_head,
+    policy_and_values,
+    response_values,
+    save_scalar,
+    sequence_scores,
+    token_scores,
+)
 from lit_rlhf.models.network import Dtype, Lora, Network
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
 from lit_rlhf.models.sharding import gathered, reshard, shard, unsharded_trainables
 
 __all__ = [
+    "Average",
     "Dtype",
     "Lora",
     "Network",
@@ -29,7 +39,9 @@ __all__ = [
     "load_causal",
     "load_scalar",
     "load_tokenizer",
+    "new_value_head",
     "next_token_logprobs",
+    "policy_and_values",
     "reshard",
     "response_values",
     "save_folder",

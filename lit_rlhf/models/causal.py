@@ -116,6 +116,24 @@ def _read(model: Any, ids: Tensor, mask: Tensor, asked: Tensor, **ask: Any) -> t
     return (row, column), chosen_tokens(model, moved, before, ids[row, column], **ask)
 
 
+def response_tokens(
+    model: Any, rollout: Rollout, *, temperature: float = 1.0, **ask: Any
+) -> tuple[tuple[Tensor, Tensor], Chosen]:
+    """(row, column) of each response token in the rollout's mask, and what the model says of it.
+
+    Args:
+        model: a causal language model.
+        rollout: prompts and responses.
+        temperature: divides the logits; more than 0.
+        ask: what else `chosen_tokens` shall say.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
+    asked = torch.cat([torch.zeros_like(rollout.prompt_mask), rollout.mask], dim=1)
+    (row, column), found = _read(model, rollout.input_ids, rollout.input_mask, asked, temperature=temperature, **ask)
+    return (row, column - rollout.prompt_ids.shape[1]), found
+
+
 @overload
 def token_logprobs(
     model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: Literal[False] = False
@@ -146,13 +164,8 @@ def token_logprobs(
     Returns:
         logprobs [B, T], or (logprobs [B, T], entropy [B, T]).
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
-    asked = torch.cat([torch.zeros_like(rollout.prompt_mask), rollout.mask], dim=1)
-    (row, column), found = _read(
-        model, rollout.input_ids, rollout.input_mask, asked, temperature=temperature, entropy=entropy
-    )
-    place, nothing = (row, column - rollout.prompt_ids.shape[1]), found.logprobs.new_zeros(rollout.mask.shape)
+    place, found = response_tokens(model, rollout, temperature=temperature, entropy=entropy)
+    nothing = found.logprobs.new_zeros(rollout.mask.shape)
     logprobs = nothing.index_put(place, found.logprobs)
     return (logprobs, nothing.index_put(place, found.entropy)) if entropy else logprobs
 

@@ -30,6 +30,7 @@ class Chosen(NamedTuple):
     logprobs: Tensor  # [N] float32, log π(target)
     entropy: Tensor  # [N] float32, in nats
     correct: Tensor  # [N] bool, True = the target is the likeliest token
+    hidden: Tensor | None = None  # [N, d] the states that the head read
 
 
 class _Asked(NamedTuple):

@@ -24,6 +24,7 @@ def chosen_tokens(
     temperature: float = 1.0,
     entropy: bool = False,
     correct: bool = False,
+    hidden: bool = False,
 ) -> Chosen:
     """Run a model and say how likely ``targets`` are after ``positions``; its head runs at those positions only.
 
@@ -38,24 +39,34 @@ def chosen_tokens(
         temperature: divides the logits.
         entropy: also the entropies.
         correct: also whether the target is the likeliest token.
+        hidden: also the states that the head reads there.
+
+    Raises:
+        ValueError: ``hidden`` is asked of a model that cannot be run with a stand-in.
     """
     network = model.module if isinstance(model, DistributedDataParallel) else model
     after = _after_head(network)
     ask: Any = {"temperature": temperature, "entropy": entropy, "correct": correct}
     if after is None:
+        if hidden:
+            raise ValueError(
+                f"{type(network).__name__} does more to its logits than to scale and cap them: no head can share it"
+            )
         logits = model(input_ids=ids, use_cache=False).logits
         return chosen_from_logits(logits.flatten(0, 1).index_select(0, positions), targets, **ask)
     head = network.get_output_embeddings()
     own_forward, kept = head.forward, list[Chosen]()
     is_linear = getattr(own_forward, "__func__", None) is nn.Linear.forward  # no adapters, quantisation or patches
 
-    def stand_in(hidden: Tensor) -> Tensor:
-        rows = hidden.flatten(0, 1).index_select(0, positions)
+    def stand_in(states: Tensor) -> Tensor:
+        rows = states.flatten(0, 1).index_select(0, positions)
         if is_linear and type(head.weight.data) is Tensor:  # sharded weights are whole by now
             kept.append(chosen_from_hidden(rows, head.weight, head.bias, targets, after=after, **ask))
         else:
             kept.append(chosen_from_logits(_apply(after, own_forward(rows)), targets, **ask))
-        return hidden.new_zeros(1, 1, head.out_features)  # the model may cap or scale it
+        if hidden:
+            kept.append(kept.pop()._replace(hidden=rows))
+        return states.new_zeros(1, 1, head.out_features)  # the model may cap or scale it
 
     def hand_over(module: nn.Module, args: Any, output: Any) -> Any:
         return tuple(kept.pop())

@@ -66,6 +66,21 @@ class Reference(nn.Module):
                 for parameter in self.frozen.parameters():
                     parameter.data = parameter.data.to(getattr(torch, dtype))
 
+    @torch.no_grad()
+    def refresh(self, policy: nn.Module) -> None:
+        """Make the policy as it is now the reference.
+
+        Args:
+            policy: without adapters.
+
+        Raises:
+            ValueError: the reference is the policy with its adapters off, which has no weights of its own to move.
+        """
+        if self.frozen is None:
+            raise ValueError("a policy with adapters is its own reference, which cannot move: export it and start anew")
+        for own, weight in zip(self.frozen.parameters(), policy.parameters(), strict=True):
+            own.copy_(weight)
+
     @contextmanager
     def network(self, policy: nn.Module) -> Iterator[Any]:
         """Give the reference network, in evaluation mode, for as long as the context lasts.

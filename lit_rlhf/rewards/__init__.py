@@ -4,9 +4,11 @@ from lit_rlhf.rewards.combine import Rewards
 from lit_rlhf.rewards.learned import RewardModel
 from lit_rlhf.rewards.missing_eos import MissingEOS
 from lit_rlhf.rewards.numbers import extract_number
+from lit_rlhf.rewards.overlong import SoftOverlong
 from lit_rlhf.rewards.protocol import Reward, RewardError, RowError
 from lit_rlhf.rewards.rules import ContainsWords, ExactMatch, LengthBounds, NumericMatch, RegexFormat, Repetition
 from lit_rlhf.rewards.sentiment import VaderSentiment
+from lit_rlhf.rewards.steps import Steps
 
 __all__ = [
     "ContainsWords",
@@ -21,6 +23,8 @@ __all__ = [
     "RewardModel",
     "Rewards",
     "RowError",
+    "SoftOverlong",
+    "Steps",
     "VaderSentiment",
     "extract_number",
 ]

@@ -9,13 +9,14 @@ import math
 import os
 import threading
 from collections.abc import Awaitable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.rewards.protocol import Reward, RewardError, accepted, checked, complaint, failure, on_device, reward_name
+from lit_rlhf.rewards.steps import Steps, check_steps, padded_steps
 
 __all__ = ["Reward", "RewardError", "Rewards"]
 
@@ -58,6 +59,9 @@ def _wait_for(awaitables: list[Awaitable[Any]]) -> list[Any]:
     except BaseException:  # Ctrl-C: do not leave requests running behind the user's back
         future.cancel()
         raise
+
+
+_Said: TypeAlias = "tuple[list[float] | Tensor, list[Steps | None] | None]"  # values, and what was said of steps
 
 
 class Rewards(nn.Module):
@@ -116,16 +120,24 @@ class Rewards(nn.Module):
             RewardError: a reward raised, asked for a column that there is not, returned anything but B finite numbers
                 or None; or no reward (of a weight other than 0) applies to a row.
         """
+        scores, parts, _ = self._judged(rollout)
+        return scores, parts
+
+    def _judged(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor], dict[str, list[Steps | None]]]:
+        """Scores, the rewards' own values, and what those that judge steps said of them."""
         device = rollout.response_ids.device
         if len(rollout) == 0:
             empty = torch.zeros(0, device=device)
-            return empty, {name: empty.clone() for name in self.names}
+            return empty, {name: empty.clone() for name in self.names}, {}
         prompts = list(rollout.prompts)
         parts: dict[str, Tensor] = {}
-        for name, result in zip(self.names, self._results(rollout, prompts), strict=True):
+        steps: dict[str, list[Steps | None]] = {}
+        for name, (result, of_steps) in zip(self.names, self._results(rollout, prompts), strict=True):
             if not isinstance(result, Tensor):
                 result = torch.tensor(result, dtype=torch.float32, device=device)
             parts[name] = result
+            if of_steps is not None:
+                steps[name] = of_steps
         values = torch.stack(list(parts.values()), dim=1)  # [B, rewards]
         weights = torch.tensor(self.weights, device=device)
         applies = ~values.isnan()
@@ -133,9 +145,26 @@ class Rewards(nn.Module):
         if unjudged.numel():
             names = ", ".join(name for name, weight in zip(self.names, self.weights, strict=True) if weight)
             raise complaint(names, int(unjudged[0]), "every value is None: no reward applies to this row", prompts)
-        return (values.nan_to_num(nan=0.0) * weights).sum(dim=1), parts
+        return (values.nan_to_num(nan=0.0) * weights).sum(dim=1), parts, steps
 
-    def _results(self, rollout: Rollout, prompts: list[Any]) -> list[list[float] | Tensor]:
+    def judge(self, rollout: Rollout) -> Rollout:
+        """Judge the responses: the rollout gains ``scores`` and ``parts``, and those of steps where there are any."""
+        scores, parts, steps = self._judged(rollout)
+        rollout = rollout.with_(scores=scores, parts=parts)
+        weights = dict(zip(self.names, self.weights, strict=True))
+        if not any(weights[name] for name in steps):
+            return rollout
+        of_steps, ends = padded_steps([(weights[name], said) for name, said in steps.items()], scores)
+        return rollout.with_(step_scores=of_steps, step_ends=ends)
+
+    def weighed(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Values [B, R] of the rewards whose weight is not 0 (NaN where one does not apply), and their weights [R]."""
+        assert rollout.parts is not None
+        chosen = [(name, weight) for name, weight in zip(self.names, self.weights, strict=True) if weight]
+        values = torch.stack([rollout.parts[name] for name, _ in chosen], dim=1)
+        return values, values.new_tensor([weight for _, weight in chosen])
+
+    def _results(self, rollout: Rollout, prompts: list[Any]) -> list[_Said]:
         """Checked values of every reward, in order; the asynchronous ones run together at the end."""
         arguments = _arguments(rollout, prompts)
         results: list[Any] = [None] * len(self.rewards)
@@ -156,7 +185,7 @@ class Rewards(nn.Module):
             for i, result in zip(waiting, _wait_for(list(waiting.values())), strict=True):
                 if isinstance(result, BaseException):
                     raise failure(result, self.names[i], prompts) from result
-                results[i] = checked(result, self.names[i], prompts)
+                results[i] = _said(result, self.names[i], rollout, prompts)
         return results
 
 
@@ -174,7 +203,7 @@ def _arguments(rollout: Rollout, prompts: list[Any]) -> dict[str, Any]:
 
 
 def _call(reward: Reward, name: str, rollout: Rollout, prompts: list[Any], arguments: dict[str, Any]) -> Any:
-    """Checked values of a reward (a tensor [B] or a list), or what to wait for if it is asynchronous."""
+    """What a reward said (a tensor [B], or a list), checked, or what to wait for if it is asynchronous."""
     by_ids = getattr(reward, "score_rollout", None)
     # Each reward gets lists of its own: one that sorts its argument in place must not mislead the next.
     own = {} if by_ids else {key: list(value) for key, value in accepted(reward, name, arguments).items()}
@@ -183,8 +212,14 @@ def _call(reward: Reward, name: str, rollout: Rollout, prompts: list[Any], argum
     except Exception as error:
         raise failure(error, name, prompts) from error
     if by_ids:
-        return on_device(result, name, prompts, rollout.response_ids.device)
-    return result if inspect.isawaitable(result) else checked(result, name, prompts)
+        return on_device(result, name, prompts, rollout.response_ids.device), None
+    return result if inspect.isawaitable(result) else _said(result, name, rollout, prompts)
+
+
+def _said(result: Any, name: str, rollout: Rollout, prompts: list[Any]) -> _Said:
+    values = checked(result, name, prompts)
+    has_steps = isinstance(result, (list, tuple)) and any(isinstance(value, Steps) for value in result)
+    return values, check_steps(list(result), name, rollout) if has_steps else None
 
 
 def _check_rewards(rewards: list[Reward]) -> None:

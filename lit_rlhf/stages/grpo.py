@@ -9,30 +9,42 @@ from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import (
+    Average,
     Dtype,
     Network,
     Reference,
-    evaluating,
     load_causal,
     load_tokenizer,
     save_folder,
-    token_logprobs,
 )
-from lit_rlhf.objectives import aggregate, clipped_policy_loss, group_advantages, kl_estimate, masked_mean
+from lit_rlhf.objectives import (
+    aggregate,
+    baseline_advantages,
+    masked_mean,
+    masked_whiten,
+    normalize_then_sum,
+    rewards_to_go,
+    step_advantages,
+    token_rewards,
+)
 from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.fresh import explore
 from lit_rlhf.stages.inner_loop import InnerLoop
-from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, response_metrics, reward_metrics, sequence_kl
+from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
+from lit_rlhf.stages.penalties import kl_to_reference, policy_terms, read_policy, steer_kl
+from lit_rlhf.stages.reading import recall
+from lit_rlhf.stages.settings import KL, Advantages, Clip, Correction, Entropy
 from lit_rlhf.stages.updates import Updates
 
 
 class GRPO(InnerLoop):
-    """GRPO with outcome supervision (Shao et al. 2024, DeepSeekMath, §4.1, eq. 3 and 4).
+    """GRPO (Shao et al. 2024, DeepSeekMath, §4.1, eq. 3 and 4) and its kin: Dr. GRPO, DAPO, RLOO, REINFORCE++, GSPO.
 
-    Each prompt is answered ``group_size`` times; an answer's advantage is its score against its group's. The KL to the
-    reference stands in the loss (k3). One batch of prompts is one rollout and one ``global_step``.
+    Each prompt is answered ``group_size`` times; an answer's advantage is its score against its group's. One batch of
+    prompts is one rollout and one ``global_step``. ``docs/algorithms.md`` says which settings make which algorithm.
 
     Args:
         model: hub id or folder of the SFT model: the policy's first weights, and the reference.
@@ -46,14 +58,20 @@ class GRPO(InnerLoop):
         sampler: what draws them; a decode loop of our own if null.
         optim: the optimizer's settings.
         group_size: G, answers a prompt.
-        advantage_scale: divide centred scores by the group's or the batch's standard deviation, or not at all.
+        groups: prompts a rollout; the further ones of a batch replace those whose answers all score the same (dynamic
+            sampling). All prompts of the batch if null.
+        advantages: how scores become advantages.
+        truncated: whether responses that the length limit cut off count in the loss, or are masked (DAPO's overlong
+            filtering).
         updates: how many optimizer steps are made on each rollout, and of how many sequences.
-        kl_coef: β, weight of the KL term in the loss; at 0 no reference is loaded.
-        clip_low: ε below 1, where the probability ratio stops paying off.
-        clip_high: ε above 1.
+        kl: price of leaving the reference; with coefficient 0 none is loaded.
+        clip: how far one rollout may move the policy.
+        correction: weigh tokens by how likely the sampler drew them; not if null.
         aggregation: how per-token losses become one number: mean of each response, then over responses (GRPO), mean
             over all tokens of the step (DAPO), or sum over a fixed length (Dr. GRPO).
-        entropy_coef: weight of the entropy bonus.
+        entropy: bonus for being undecided.
+        refresh_reference: make the policy the new reference every so many rollouts (iterative GRPO); never if null.
+        ema: decay, a rollout, of a moving average of the policy's weights, which is what is exported; off if null.
         seed: of sampling and shuffling; every draw is a pure function of it and of the rollout's number.
     """
 
@@ -70,38 +88,53 @@ class GRPO(InnerLoop):
         sampler: Sampler | None = None,
         optim: Optim = Optim(lr=1e-6),
         group_size: int = 8,
-        advantage_scale: Literal["group", "batch", "none"] = "group",
+        groups: int | None = None,
+        advantages: Advantages = Advantages(),
+        truncated: Literal["count", "mask"] = "count",
         updates: Updates = Updates(),
-        kl_coef: float = 0.04,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
+        kl: KL = KL(coef=0.04, estimator="k3", place="loss"),
+        clip: Clip = Clip(),
+        correction: Correction | None = None,
         aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "sequence_mean",
-        entropy_coef: float = 0.0,
+        entropy: Entropy = Entropy(),
+        refresh_reference: int | None = None,
+        ema: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments = locals().copy()
         super().__init__(revive(Updates, updates), seed)
         remember(self, arguments)
         network, self.sampling, self.optim = revive(Network, network), revive(Sampling, sampling), revive(Optim, optim)
+        self.advantages, self.kl, self.clip = revive(Advantages, advantages), revive(KL, kl), revive(Clip, clip)
+        self.entropy = revive(Entropy, entropy)
+        self.correction = revive(Correction, correction) if correction else None
         self.missing_eos = revive(MissingEOS, missing_eos) if missing_eos else None
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
-        self.reference = Reference(self.policy, dtype=frozen_dtype) if kl_coef > 0 else None
+        self.reference = Reference(self.policy, dtype=frozen_dtype) if self.kl.needs_reference else None
+        self.average = Average(self.policy, ema) if ema is not None else None
         self.rewards = Rewards(rewards, reward_weights)
         self.sampler = sampler or DecodeSampler()
         self.group_size = self.samples_per_prompt = group_size
-        self.advantage_scale, self.aggregation = advantage_scale, aggregation
-        self.kl_coef, self.clip_low, self.clip_high, self.entropy_coef = kl_coef, clip_low, clip_high, entropy_coef
+        self.groups, self.truncated, self.aggregation = groups, truncated, aggregation
+        self.refresh_reference, self.refreshes_reference = refresh_reference, refresh_reference is not None
         self.samples: list[dict[str, Any]] = []
         self.finish_setup("policy")
+
+    def on_train_batch_start(self, batch: Prompts, batch_idx: int) -> None:
+        """Refuse what does not divide; every ``refresh_reference`` rollouts the policy becomes the reference."""
+        self.updates.refuse_remainder((self.groups or len(batch)) * self.group_size)
+        every = self.refresh_reference
+        if every and self.reference is not None and self.global_step and self.global_step % every == 0:
+            self.reference.refresh(self.policy)
 
     # -- the algorithm: prompts → rollout → scores → advantages → loss ---------------------------------------------
 
     def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
         """Loss of the next microbatch; the first call for a batch makes its rollout."""
         if self.updates.empty:
-            rollout = self.sample(batch.repeat(self.group_size))  # prompts → G responses each
-            rollout = self.score(rollout)  # responses → scores, log-probs
+            rollout = explore(self, batch)  # prompts → G responses each → scores
+            rollout = recall(self, rollout)  # responses → log-probs of policy and reference
             rollout = self.assess(rollout)  # scores → advantages
             self.updates.fill(rollout, self.mean_over_ranks)  # K epochs × M minibatches × microbatches
         part = self.updates.next()
@@ -110,59 +143,57 @@ class GRPO(InnerLoop):
         return loss
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> Rollout:
-        """Have the responses judged, and read by policy and reference as they are before any update."""
-        with self.timed("score"), evaluating(self.policy):
-            scores, parts = self.rewards(rollout)
-            if self.missing_eos is not None:
-                scores = self.missing_eos.apply(scores, rollout.ended)
-            old = self.old_logprobs(rollout)
-            ref, reference, temperature = None, self.reference, self.sampling.temperature
-            if reference is not None:
-                ref = self.read(
-                    rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature)
-                )
-        rollout = rollout.with_(scores=scores, old_logprobs=old, ref_logprobs=ref)
-        self.rollout_metrics |= reward_metrics(parts) | response_metrics(rollout)
-        return rollout
-
-    @torch.no_grad()
     def assess(self, rollout: Rollout) -> Rollout:
-        """Give every token of a response its score relative to its group's."""
+        """Give each token its response's score against its group's, less β·KL where that is no part of the loss."""
+        mask, scores, kl, beta = rollout.mask, rollout.scores, kl_to_reference(self, rollout), float(self.kl_coef)
+        if self.kl.place == "score":
+            scores = scores - beta * kl.sum(dim=1)
+        relative = self.compare(rollout, scores)
+        if self.kl.place == "reward":
+            credit = rewards_to_go(token_rewards(relative, kl, mask, kl_coef=beta), mask, gamma=1.0)
+        else:
+            credit = relative.unsqueeze(1) * mask
+        if rollout.step_scores is not None and rollout.step_ends is not None:
+            credit = credit + step_advantages(
+                rollout.step_scores, rollout.step_ends, mask, self.group_size, scale=self.advantages.scale
+            )
+        if self.advantages.whiten:
+            credit = masked_whiten(credit, mask, over_ranks=self.sum_over_ranks)
+        self.report(rollout)
+        counted = mask & rollout.ended.unsqueeze(1) if self.truncated == "mask" else mask
+        return rollout.with_(advantages=credit * counted, mask=counted)
+
+    def compare(self, rollout: Rollout, scores: Tensor) -> Tensor:
+        """Advantage of each response [B] from its score; what judges steps is credited by itself."""
+        if self.advantages.mix == "normalize_then_sum":
+            return normalize_then_sum(*self.rewards.weighed(rollout), self.group_size, over_ranks=self.sum_over_ranks)
+        if rollout.step_scores is not None:
+            scores = scores - rollout.step_scores.sum(dim=1)
+        baseline, scale = self.advantages.baseline, self.advantages.scale
+        return baseline_advantages(
+            scores, self.group_size, baseline=baseline, scale=scale, over_ranks=self.sum_over_ranks
+        )
+
+    def report(self, rollout: Rollout) -> None:
+        """Note what is known of the rollout; move β for the next one."""
         scores, old, ref, mask = rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.mask
-        advantages = group_advantages(scores, self.group_size, scale=self.advantage_scale)
         self.rollout_metrics |= group_metrics(scores, self.group_size)
         self.rollout_metrics |= {"objective/scores": scores.mean(), "objective/entropy": -masked_mean(old, mask)}
         if ref is not None:
-            self.rollout_metrics |= {"objective/kl": sequence_kl(old, ref, mask), "objective/kl_coef": self.kl_coef}
-        return rollout.with_(advantages=advantages.unsqueeze(1) * mask)
+            distance = sequence_kl(old, ref, mask)
+            self.rollout_metrics |= {"objective/kl": distance, "objective/kl_coef": float(self.kl_coef)}
+            steer_kl(self, distance, len(rollout) * self.trainer.world_size)
 
     def loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """L = L_policy + β·KL(π‖π_ref) − c_e·H, aggregated over the whole optimizer step (Shao et al. 2024, eq. 3)."""
-        mask = part.mask
-        metrics: dict[str, Tensor] = {}
-        entropy = torch.zeros_like(part.advantages)
-        if self.entropy_coef:
-            logprobs, entropy = token_logprobs(self.policy, part, temperature=self.sampling.temperature, entropy=True)
-            metrics["policy/entropy"] = masked_mean(entropy, mask)
-        else:
-            logprobs = token_logprobs(self.policy, part, temperature=self.sampling.temperature)
-        policy_loss, policy = clipped_policy_loss(
-            logprobs, part.old_logprobs, part.advantages, mask, clip_low=self.clip_low, clip_high=self.clip_high
-        )
-        metrics |= {f"policy/{key}": metric for key, metric in policy.items()}
-        per_token = policy_loss - self.entropy_coef * entropy
-        if part.ref_logprobs is not None:
-            kl = kl_estimate(logprobs, part.ref_logprobs, "k3")
-            per_token = per_token + self.kl_coef * kl.where(mask, 0.0)
-            metrics["policy/kl_loss"] = masked_mean(kl, mask)
-        metrics |= {"loss": masked_mean(per_token, mask), "policy/loss": masked_mean(policy_loss, mask)}
+        per_token, metrics = policy_terms(self, part, *read_policy(self, part))
+        metrics["loss"] = masked_mean(per_token, part.mask)
         size = {
             "token_mean": part.step_tokens,
             "sequence_mean": part.step_rows,
             "fixed_length": part.step_rows * self.sampling.max_new_tokens,
         }
-        return aggregate(per_token, mask, self.aggregation, size[self.aggregation]), metrics
+        return aggregate(per_token, part.mask, self.aggregation, size[self.aggregation]), metrics
 
     # -- Lightning --------------------------------------------------------------------------------------------------
 
@@ -181,5 +212,6 @@ class GRPO(InnerLoop):
         return configure(self, {"policy": (self.policy.parameters(), self.optim.lr)}, self.optim)
 
     def export(self, folder: str, merge: bool = True) -> None:
-        """Write the policy as a Hugging Face folder (adapters merged, or kept as an adapter folder)."""
-        save_folder(self.policy, self.tokenizer, folder, merge=merge)
+        """Write the policy, or its average, as a Hugging Face folder (adapters merged, or as an adapter folder)."""
+        with self.averaged():
+            save_folder(self.policy, self.tokenizer, folder, merge=merge)

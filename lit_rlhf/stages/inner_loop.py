@@ -8,25 +8,28 @@ There is no algorithm in this file.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models import forget_in_checkpoints, keep_adapters_only, token_logprobs
-from lit_rlhf.rewards import Rewards
+from lit_rlhf.models import Average, Reference, forget_in_checkpoints, keep_adapters_only
+from lit_rlhf.rewards import MissingEOS, Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
-from lit_rlhf.stages.measure import gap_metrics
 from lit_rlhf.stages.optim import clip_gradients
+from lit_rlhf.stages.penalties import steer_penalty
 from lit_rlhf.stages.seeds import seed_for
+from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy
 from lit_rlhf.stages.updates import Plan, Updates
 
 
@@ -38,12 +41,22 @@ class InnerLoop(LightningModule):
     """
 
     samples_per_prompt = 1
-    turns = 1  # backward passes a microbatch: one a network that shares no weights with the others
+    turns = 1  # backward passes a microbatch: one a loss that shares no weights with the others
+    refreshes_reference = False  # whether the reference moves, and so must be in checkpoints
     sampler: Sampler
     sampling: Sampling
     policy: Any
     tokenizer: Any
     rewards: Rewards
+    missing_eos: MissingEOS | None
+    reference: Reference | None
+    average: Average | None
+    kl: KL
+    clip: Clip
+    entropy: Entropy
+    correction: Correction | None
+    kl_coef: Tensor
+    clip_penalty: Tensor
     episodes: Tensor
     tokens: Tensor
     update_count: Tensor
@@ -53,6 +66,7 @@ class InnerLoop(LightningModule):
         self.updates = Plan(updates)
         self.seed = seed
         self.rollout_metrics: dict[str, Tensor | float] = {}
+        self.sampled: list[int] = [0, 0]  # tokens and responses of this rollout, the discarded ones too
         for counter in ("episodes", "tokens", "update_count"):
             self.register_buffer(counter, torch.zeros((), dtype=torch.long))
 
@@ -63,8 +77,10 @@ class InnerLoop(LightningModule):
             networks: names of the networks that train; under LoRA a checkpoint holds their adapters and heads only.
         """
         self.rewards.bind(self.tokenizer)
-        forget_in_checkpoints(self, ("reference", "rewards"))
+        forget_in_checkpoints(self, ("rewards",) if self.refreshes_reference else ("reference", "rewards"))
         keep_adapters_only(self, networks)
+        for weight, first in (("kl_coef", self.kl.coef), ("clip_penalty", self.clip.penalty)):
+            self.register_buffer(weight, torch.tensor(float(first), dtype=torch.double))
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -93,58 +109,46 @@ class InnerLoop(LightningModule):
             yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.rollout_metrics[f"time/{phase}"] = time.perf_counter() - started
+        spent = self.rollout_metrics.get(f"time/{phase}", 0.0)  # a phase may come more than once
+        self.rollout_metrics[f"time/{phase}"] = spent + time.perf_counter() - started
 
-    def sample(self, prompts: Prompts) -> Rollout:
-        """Draw a response to each prompt from the policy, and plan the updates on them.
+    def sample(self, prompts: Prompts, first: int = 0) -> Rollout:
+        """Draw ``samples_per_prompt`` responses to each prompt from the policy.
 
         What a row draws follows from the seed, the rollout's number and the row's number in the batch of all processes.
+
+        Args:
+            prompts: of this process.
+            first: number of the first of them in this process's batch.
         """
-        seed = seed_for(self.seed, "sampling", self.global_step)
-        here, group, world = torch.arange(len(prompts)), self.samples_per_prompt, self.trainer.world_size
+        seed, group = seed_for(self.seed, "sampling", self.global_step), self.samples_per_prompt
+        here = torch.arange(first * group, (first + len(prompts)) * group)
         # Prompt i of this process is prompt i · world + rank of the batch: data/loader.py, RankSampler.
-        rows = (here // group * world + self.global_rank) * group + here % group
+        rows = (here // group * self.trainer.world_size + self.global_rank) * group + here % group
+        prompts = prompts.repeat(group).with_(rows=rows)
         with self.timed("rollout"):
-            rollout = self.sampler(self.policy, self.tokenizer, prompts.with_(rows=rows), self.sampling, seed=seed)
-        self.updates.draw_up(rollout, seed_for(self.seed, "shuffling", self.global_step), self.max_over_ranks)
-        self._sync_gradients()
-        speed = int(rollout.mask.sum()) * self.trainer.world_size / max(self.rollout_metrics["time/rollout"], 1e-9)
-        self.rollout_metrics["throughput/rollout_tokens_per_second"] = speed
-        torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.global_rank))
+            rollout = self.sampler(self.policy, self.tokenizer, prompts, self.sampling, seed=seed)
+        self.sampled = [self.sampled[0] + int(rollout.mask.sum()), self.sampled[1] + len(rollout)]
         return rollout
 
-    def read(self, rollout: Rollout, reader: Callable[[Rollout], Tensor], like_updates: bool = False) -> Tensor:
-        """Apply a per-token reader to the rollout, rows of like length together; [B, T].
+    def plan(self, rollout: Rollout) -> None:
+        """Plan the updates on a rollout; fix what dropout draws in them."""
+        self.updates.draw_up(rollout, seed_for(self.seed, "shuffling", self.global_step), self.max_over_ranks)
+        self._sync_gradients()
+        torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.global_rank))
 
-        With ``like_updates`` in the updates' own microbatches, so that what is read is what they will read.
-        """
-        whole = torch.zeros(rollout.mask.shape, device=self.device)
-        for rows in self.updates.parts(like_updates):
-            part = reader(rollout.select(rows).trim())
-            whole[rows.to(self.device), : part.shape[1]] = part
-        return whole
+    def averaged(self) -> AbstractContextManager[None]:
+        """The policy's averaged weights in place of its own, where there are any, as long as the context lasts."""
+        return nullcontext() if self.average is None else self.average.standing_in(self.policy)
 
-    def old_logprobs(self, rollout: Rollout) -> Tensor:
-        """Log-probs of the policy before any update: the sampler's where they are the trainer's own, else read; [B, T].
-
-        Whether they are is seen on a sample of rows, one in thirty-two and four at least.
-        """
-
-        def reader(part: Rollout) -> Tensor:
-            return token_logprobs(self.policy, part, temperature=self.sampling.temperature)
-
-        sampled, bound = rollout.sampler_logprobs, self.updates.settings.sampler_gap
-        if sampled is not None and bound > 0:
-            rows = torch.linspace(0, len(rollout) - 1, min(len(rollout), max(4, len(rollout) // 32))).long()
-            part = rollout.select(rows).trim()
-            gap = gap_metrics(part, reader(part))
-            self.rollout_metrics |= gap
-            if self.max_over_ranks(gap["sampler/logprob_gap_max"]) <= bound:
-                return sampled
-        read = self.read(rollout, reader, like_updates=True)
-        if sampled is not None:
-            self.rollout_metrics |= gap_metrics(rollout, read)
-        return read
+    def run_length(self, knob: str) -> float:
+        """Rollouts of the whole run; an error that names ``knob``, which asks for it, where the run has no end."""
+        total = self.trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:
+            raise MisconfigurationException(
+                f"{knob} needs to know where the run ends: set trainer.max_steps or trainer.max_epochs."
+            )
+        return total
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -161,6 +165,10 @@ class InnerLoop(LightningModule):
             if self._kl_exceeded(step):
                 break
         optimizer.zero_grad(set_to_none=True)
+        if self.clip.form == "penalty":
+            steer_penalty(self, self.updates.mean_metrics(step)["policy/approx_kl"])
+        if self.average is not None:
+            self.average.update(self.policy)
         sampled = self.rollout_metrics["time/rollout"] + self.rollout_metrics["time/score"]
         self.rollout_metrics["time/update"] = time.perf_counter() - started - sampled
         self._log_rollout()
@@ -213,6 +221,12 @@ class InnerLoop(LightningModule):
             return value
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
 
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Add up over the processes; itself where there is one."""
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
+
     def max_over_ranks(self, value: Tensor) -> Tensor:
         """The largest over the processes, elementwise; itself where there is one."""
         if self.trainer.world_size == 1:
@@ -221,17 +235,17 @@ class InnerLoop(LightningModule):
 
     def _log_rollout(self) -> None:
         """Everything that was learned about this rollout, in one all-reduce and one call."""
-        assert self.updates.rollout is not None
-        tokens, rows = int(self.updates.rollout.mask.sum()), len(self.updates.rollout)
-        seconds = sum(float(self.rollout_metrics.get(f"time/{phase}", 0.0)) for phase in ("rollout", "score", "update"))
+        totals = self.sum_over_ranks(torch.tensor(self.sampled, device=self.device, dtype=torch.double)).tolist()
+        tokens, phases = totals[0], ("rollout", "score", "update")
+        seconds = [float(self.rollout_metrics.get(f"time/{phase}", 0.0)) for phase in phases]
         metrics = {**self.rollout_metrics, **self.updates.mean_metrics()}
-        metrics["throughput/tokens_per_second"] = tokens * self.trainer.world_size / max(seconds, 1e-9)
+        metrics["throughput/rollout_tokens_per_second"] = tokens / max(seconds[0], 1e-9)
+        metrics["throughput/tokens_per_second"] = tokens / max(sum(seconds), 1e-9)
         stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in metrics.values()])
         means = self.mean_over_ranks(stacked).tolist()
-        summed = self.mean_over_ranks(torch.tensor([tokens, rows], device=self.device, dtype=torch.double))
-        self.tokens += int(summed[0] * self.trainer.world_size)
-        self.episodes += int(summed[1] * self.trainer.world_size)
+        self.tokens += int(totals[0])
+        self.episodes += int(totals[1])
         counters = {"episodes": self.episodes, "tokens": self.tokens, "updates": self.update_count}
         values = dict(zip(metrics, means, strict=True)) | {name: float(count) for name, count in counters.items()}
         self.log_dict(values, batch_size=1)
-        self.rollout_metrics = {}
+        self.rollout_metrics, self.sampled = {}, [0, 0]

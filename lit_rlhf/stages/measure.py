@@ -48,18 +48,28 @@ def reward_metrics(parts: dict[str, Tensor], prefix: str = "rewards/") -> dict[s
     return metrics
 
 
-def group_metrics(scores: Tensor, group_size: int) -> dict[str, Tensor]:
-    """Mean score, mean spread within a group, and the share of groups whose answers all score the same (no signal).
+def without_signal(scores: Tensor, group_size: int) -> Tensor:
+    """Which groups' answers all score the same, but for rounding; [B / G] bool.
 
     Args:
         scores: [B], the answers to a prompt side by side.
         group_size: G.
     """
-    spread = scores.view(-1, group_size).std(dim=1, correction=0)
+    groups = scores.view(-1, group_size)
+    return groups.amax(dim=1) - groups.amin(dim=1) <= 1e-6 * groups.abs().amax(dim=1).clamp(min=1.0)
+
+
+def group_metrics(scores: Tensor, group_size: int) -> dict[str, Tensor]:
+    """Mean score, mean spread within a group, and the share of groups without signal.
+
+    Args:
+        scores: [B], the answers to a prompt side by side.
+        group_size: G.
+    """
     return {
         "reward": scores.mean(),
-        "reward_std": spread.mean(),
-        "groups/zero_std_fraction": (spread < 1e-6).float().mean(),
+        "reward_std": scores.view(-1, group_size).std(dim=1, correction=0).mean(),
+        "groups/zero_std_fraction": without_signal(scores, group_size).float().mean(),
     }
 
 

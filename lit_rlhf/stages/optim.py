@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +59,12 @@ def learning_rate_factor(step: int, total: float, optim: Optim) -> float:
     return optim.final_fraction + (1 - optim.final_fraction) * left
 
 
-def configure(module: LightningModule, groups: Mapping[str, tuple[Iterable[Parameter], float]], optim: Optim) -> Any:
+def configure(
+    module: LightningModule,
+    groups: Mapping[str, tuple[Iterable[Parameter], float]],
+    optim: Optim,
+    begin: Mapping[str, int] | None = None,
+) -> Any:
     """Build what ``configure_optimizers`` returns: AdamW over named groups and a schedule per optimizer step.
 
     The length of the run is read when training starts, not here: asking the Trainer now would build the data loader
@@ -69,6 +74,7 @@ def configure(module: LightningModule, groups: Mapping[str, tuple[Iterable[Param
         module: the stage; its Trainer gives the length of the run.
         groups: for each group its parameters (frozen ones are skipped) and peak learning rate.
         optim: the settings.
+        begin: for a group the first step that moves it; 0 where it is not named.
 
     Raises:
         ValueError: when training starts, if the schedule falls but the run has no end.
@@ -94,7 +100,11 @@ def configure(module: LightningModule, groups: Mapping[str, tuple[Iterable[Param
             )
         return learning_rate_factor(step, total, optim)
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def factor_from(first: int) -> Callable[[int], float]:
+        return lambda step: factor(step) if step >= first else 0.0
+
+    factors = [factor_from((begin or {}).get(name, 0)) for name in groups]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import (
+    Average,
     Dtype,
     Network,
     Reference,
@@ -16,18 +18,16 @@ from lit_rlhf.models import (
     load_causal,
     load_scalar,
     load_tokenizer,
+    new_value_head,
+    policy_and_values,
     response_values,
     save_folder,
-    token_logprobs,
 )
 from lit_rlhf.objectives import (
-    adapt_kl_coef,
     aggregate,
-    clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
     generalized_advantages,
-    kl_estimate,
     masked_mean,
     masked_whiten,
     token_rewards,
@@ -36,16 +36,23 @@ from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.inner_loop import InnerLoop
-from lit_rlhf.stages.measure import answer, judge_held_out, response_metrics, reward_metrics, sequence_kl
+from lit_rlhf.stages.measure import answer, judge_held_out, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
+from lit_rlhf.stages.penalties import kl_to_reference, policy_terms, read_policy, steer_kl
+from lit_rlhf.stages.pretraining import pretraining_loss, pretraining_texts
+from lit_rlhf.stages.reading import judge, read, recall
+from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy, Value
+from lit_rlhf.stages.shaping import ScoreShaping, Shaping, step_rewards
 from lit_rlhf.stages.updates import Updates
+
+Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
 
 
 class PPO(InnerLoop):
-    """PPO as Ziegler et al. (2019) and Stiennon et al. (2020) ran it on language models.
+    """PPO as Ziegler et al. (2019), Stiennon et al. (2020) and Ouyang et al. (2022) ran it on language models.
 
-    Four roles: the policy; its frozen reference; the rewards (functions, reward models, or both); and a critic of its
-    own weights. One batch of prompts is one rollout and one ``global_step``.
+    Four roles: the policy; its frozen reference; the rewards (functions, reward models, or both); and a critic, of its
+    own weights or a head on the policy. One batch of prompts is one rollout and one ``global_step``.
 
     Args:
         model: hub id or folder of the SFT model: the policy's first weights, and the reference.
@@ -56,26 +63,24 @@ class PPO(InnerLoop):
         frozen_dtype: precision of the reference's frozen copy.
         reward_weights: a factor for each reward, 0 = logged only; all 1 if null.
         missing_eos: what happens to the score of a response that the length limit cut off; nothing if null.
+        shaping: how scores are brought to a known size.
+        whiten_rewards: scale per-token rewards to variance 1 over the rollout, keeping their mean.
         sampling: how responses are drawn. The temperature also divides the trainer's logits.
         sampler: what draws them; a decode loop of our own if null.
         optim: the optimizer's settings, for both networks.
-        critic_lr: learning rate of the critic; ``optim.lr`` if null.
         updates: how many optimizer steps are made on each rollout, and of how many sequences.
-        kl_coef: β, weight of the per-token KL penalty in the reward (the first one, where it adapts).
-        kl_target: nats a response that β is steered to (Ziegler et al. 2019, §2.2); β stays fixed if null.
-        kl_horizon: sequences over which β adapts.
+        kl: price of leaving the reference; with coefficient 0 and no target none is loaded.
+        clip: how far one rollout may move the policy.
+        correction: weigh tokens by how likely the sampler drew them; not if null.
         gamma: discount.
-        lam: λ of the generalised advantage estimate.
-        clip: ε, how far the probability ratio may pay off beyond 1.
-        value_clip: how far the critic may move from its old value; unclipped if null.
-        value_coef: weight of the value loss.
-        entropy_coef: weight of the entropy bonus.
-        whiten_rewards: scale per-token rewards to variance 1 over the rollout, keeping their mean.
+        lam: λ of the generalised advantage estimate; at 1 it is the reward to go with the critic as its baseline.
+        value: how the critic learns.
+        entropy: bonus for being undecided.
+        ptx_coef: γ, weight of the likelihood of the pretraining texts that the data serves (PPO-ptx, Ouyang et al.
+            2022, eq. 2), as a mean over their tokens.
+        ema: decay, a rollout, of a moving average of the policy's weights, which is what is exported; off if null.
         seed: of sampling and shuffling; every draw is a pure function of it and of the rollout's number.
     """
-
-    kl_coef: Tensor
-    turns = 2
 
     def __init__(
         self,
@@ -87,39 +92,46 @@ class PPO(InnerLoop):
         frozen_dtype: Dtype = "float32",
         reward_weights: list[float] | None = None,
         missing_eos: MissingEOS | None = None,
+        shaping: Shaping = Shaping(),
+        whiten_rewards: bool = False,
         sampling: Sampling = Sampling(),
         sampler: Sampler | None = None,
         optim: Optim = Optim(lr=3e-6, eps=1e-5),
-        critic_lr: float | None = None,
         updates: Updates = Updates(epochs=4),
-        kl_coef: float = 0.05,
-        kl_target: float | None = None,
-        kl_horizon: int = 10_000,
+        kl: KL = KL(),
+        clip: Clip = Clip(),
+        correction: Correction | None = None,
         gamma: float = 1.0,
         lam: float = 0.95,
-        clip: float = 0.2,
-        value_clip: float | None = 0.2,
-        value_coef: float = 0.1,
-        entropy_coef: float = 0.0,
-        whiten_rewards: bool = False,
+        value: Value = Value(),
+        entropy: Entropy = Entropy(),
+        ptx_coef: float = 0.0,
+        ema: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments = locals().copy()
         super().__init__(revive(Updates, updates), seed)
         remember(self, arguments)
         network, self.sampling, self.optim = revive(Network, network), revive(Sampling, sampling), revive(Optim, optim)
+        self.kl, self.clip, self.value = revive(KL, kl), revive(Clip, clip), revive(Value, value)
+        self.entropy, self.shaping = revive(Entropy, entropy), ScoreShaping(revive(Shaping, shaping))
+        self.correction = revive(Correction, correction) if correction else None
         self.missing_eos = revive(MissingEOS, missing_eos) if missing_eos else None
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
-        self.critic = load_scalar(critic or model, network, seed=seed)
-        needs_reference = kl_coef > 0 or kl_target is not None
-        self.reference = Reference(self.policy, dtype=frozen_dtype) if needs_reference else None
+        if self.value.shared:
+            if critic is not None:
+                raise ValueError(f"critic={critic!r} is not read where value.shared makes it a head on the policy")
+            self.critic: Any = new_value_head(self.policy, seed=seed)
+        else:
+            self.critic = load_scalar(critic or model, network, seed=seed)
+        self.reference = Reference(self.policy, dtype=frozen_dtype) if self.kl.needs_reference else None
+        self.average = Average(self.policy, ema) if ema is not None else None
         self.rewards = Rewards(rewards, reward_weights)
         self.sampler = sampler or DecodeSampler()
-        self.gamma, self.lam, self.clip, self.value_clip = gamma, lam, clip, value_clip
-        self.value_coef, self.entropy_coef, self.whiten_rewards = value_coef, entropy_coef, whiten_rewards
-        self.kl_target, self.kl_horizon, self.critic_lr = kl_target, kl_horizon, critic_lr
-        self.register_buffer("kl_coef", torch.tensor(float(kl_coef), dtype=torch.double))
+        self.gamma, self.lam, self.ptx_coef, self.whiten_rewards = gamma, lam, ptx_coef, whiten_rewards
+        self.turns = len(self.losses)
+        self.pretraining_seen = torch.zeros(2)  # negative log-likelihood and tokens, of this rollout
         self.samples: list[dict[str, Any]] = []
         self.finish_setup("policy", "critic")
 
@@ -128,98 +140,110 @@ class PPO(InnerLoop):
     def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
         """Loss of the next microbatch; the first call for a batch makes its rollout."""
         if self.updates.empty:
-            rollout = self.sample(batch)  # prompts → responses
-            rollout = self.score(rollout)  # responses → scores, log-probs, values
-            rollout = self.assess(rollout)  # scores → advantages, returns
-            self.updates.fill(rollout, self.mean_over_ranks)  # K epochs × M minibatches × microbatches
+            rollout = judge(self, self.sample(batch))  # prompts → responses → scores
+            rollout = recall(self, rollout)  # responses → log-probs of policy and reference
+            rollout = self.appraise(rollout)  # responses → values
+            rollout = self.assess(rollout)  # scores, values → advantages, returns
+            self.updates.fill(rollout, self.mean_over_ranks, pretraining_texts(self, batch))
         part = self.updates.next()
         loss, metrics = self.loss(part)
         self.updates.record(metrics, part)
         return loss
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> Rollout:
-        """Have the responses judged, and read by policy, reference and critic as they are before any update."""
+    def appraise(self, rollout: Rollout) -> Rollout:
+        """Have the critic, as it is before any update, say what it expects before each token."""
         with self.timed("score"), evaluating(self.policy, self.critic):
-            scores, parts = self.rewards(rollout)
-            if self.missing_eos is not None:
-                scores = self.missing_eos.apply(scores, rollout.ended)
-            old = self.old_logprobs(rollout)
-            ref, reference, temperature = None, self.reference, self.sampling.temperature
-            if reference is not None:
-                ref = self.read(
-                    rollout, lambda part: reference.token_logprobs(self.policy, part, temperature=temperature)
+            if self.value.shared:
+                return rollout.with_(
+                    values=read(self, rollout, lambda p: policy_and_values(self.policy, self.critic, p)[2])
                 )
-            values = self.read(rollout, lambda part: response_values(self.critic, part))
-        rollout = rollout.with_(scores=scores, old_logprobs=old, ref_logprobs=ref, values=values)
-        self.rollout_metrics |= reward_metrics(parts) | response_metrics(rollout)
-        return rollout
+            return rollout.with_(values=read(self, rollout, lambda p: response_values(self.critic, p)))
 
     @torch.no_grad()
     def assess(self, rollout: Rollout) -> Rollout:
         """Turn scores into per-token rewards (− β·KL, the score on the last token), advantages and returns."""
-        mask, old = rollout.mask, rollout.old_logprobs
-        ref = old if rollout.ref_logprobs is None else rollout.ref_logprobs  # no reference: no penalty
-        kl = kl_estimate(old, ref, "k1")
-        beta = float(self.kl_coef)
-        rewards = token_rewards(rollout.scores, kl, mask, kl_coef=beta)
+        mask, old, kl, beta = rollout.mask, rollout.old_logprobs, kl_to_reference(self, rollout), float(self.kl_coef)
+        scores = self.shaping(rollout.scores, self.sum_over_ranks)
+        if self.kl.place == "score":
+            scores = scores - beta * kl.sum(dim=1)
+        of_steps, scores = step_rewards(rollout, scores)
+        rewards = of_steps + token_rewards(scores, kl, mask, kl_coef=beta if self.kl.place == "reward" else 0.0)
         if self.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, center=False)
+            rewards = masked_whiten(rewards, mask, center=False, over_ranks=self.sum_over_ranks)
         advantages, returns = generalized_advantages(rewards, rollout.values, mask, gamma=self.gamma, lam=self.lam)
-        advantages = masked_whiten(advantages, mask)
+        advantages = masked_whiten(advantages, mask, over_ranks=self.sum_over_ranks)
 
-        sequence = sequence_kl(old, ref, mask)
+        ref = old if rollout.ref_logprobs is None else rollout.ref_logprobs  # no reference: no distance
+        distance = sequence_kl(old, ref, mask)
         self.rollout_metrics |= {
             "objective/scores": rollout.scores.mean(),
-            "objective/kl": sequence,
+            "objective/kl": distance,
             "objective/kl_coef": beta,
             "objective/entropy": -masked_mean(old, mask),
-            "objective/non_score_reward": -beta * sequence,
-            "objective/rlhf_reward": rollout.scores.mean() - beta * sequence,
+            "objective/non_score_reward": -beta * distance,
+            "objective/rlhf_reward": rollout.scores.mean() - beta * distance,
             "value/explained_variance": explained_variance(rollout.values, returns, mask),
         }
-        if self.kl_target is not None:
-            seen, episodes = float(self.mean_over_ranks(sequence)), len(rollout) * self.trainer.world_size
-            new = adapt_kl_coef(beta, seen, target=self.kl_target, horizon=self.kl_horizon, samples=episodes)
-            self.kl_coef.fill_(new)
+        steer_kl(self, distance, len(rollout) * self.trainer.world_size)
         return rollout.with_(rewards=rewards, advantages=advantages, returns=returns)
 
     def loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = (L_policy − c_e·H) + c_v·L_value, a token mean over the optimizer step (Schulman et al. 2017, eq. 9).
+        """L = (L_policy − c_e·H) + c_v·L_value + γ·L_ptx, token means over the step (Schulman et al. 2017, eq. 9).
 
-        The two share no weights, so they take turns where the strategy allows it: the activations of one network are
-        gone before the other runs.
+        What shares no weights takes turns where the strategy allows it: the activations of one network are gone before
+        the other runs.
         """
-        terms = [term(part) for term in self.updates.whose_turn(self.policy_loss, self.value_loss)]
-        per_token = torch.stack([term for term, _ in terms]).sum(dim=0)
-        metrics = {key: value for _, found in terms for key, value in found.items()}
-        metrics["loss"] = masked_mean(per_token, part.mask)
-        return aggregate(per_token, part.mask, "token_mean", part.step_tokens), metrics
+        found = [term(part) for term in self.updates.whose_turn(*self.losses)]
+        total = torch.stack([loss for loss, _ in found]).sum()
+        metrics = {key: value for _, more in found for key, value in more.items()}
+        # As a mean over this part's tokens, which is what the record weighs it by.
+        metrics["loss"] = total.detach() * (part.step_tokens / part.mask.sum().clamp(min=1))
+        return total, metrics
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The terms of the loss, one for each network that shares no weights with the others."""
+        own = (self.joint_loss,) if self.value.shared else (self.policy_loss, self.value_loss)
+        return (*own, self.ptx_loss) if self.ptx_coef else own
 
     def policy_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Clipped policy loss less the entropy bonus, [B, T]."""
-        mask = part.mask
-        metrics: dict[str, Tensor] = {}
-        entropy = torch.zeros_like(part.advantages)
-        if self.entropy_coef:
-            logprobs, entropy = token_logprobs(self.policy, part, temperature=self.sampling.temperature, entropy=True)
-            metrics["policy/entropy"] = masked_mean(entropy, mask)
-        else:
-            logprobs = token_logprobs(self.policy, part, temperature=self.sampling.temperature)
-        policy_loss, policy = clipped_policy_loss(
-            logprobs, part.old_logprobs, part.advantages, mask, clip_low=self.clip, clip_high=self.clip
-        )
-        metrics |= {f"policy/{key}": metric for key, metric in policy.items()}
-        metrics["policy/loss"] = masked_mean(policy_loss, mask)
-        return policy_loss - self.entropy_coef * entropy, metrics
+        """L_policy − c_e·H (+ β·KL where it is part of the loss); nothing while only the critic learns."""
+        return self.improve(part, *read_policy(self, part))
 
     def value_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Clipped value loss times its coefficient, [B, T]."""
-        values = response_values(self.critic, part)
-        value_loss, value = clipped_value_loss(values, part.values, part.returns, part.mask, clip=self.value_clip)
-        metrics = {f"value/{key}": metric for key, metric in value.items()}
-        metrics["value/loss"] = masked_mean(value_loss, part.mask)
-        return self.value_coef * value_loss, metrics
+        """c_v·L_value of a critic of its own weights."""
+        return self.fit_values(part, response_values(self.critic, part))
+
+    def joint_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both, from one pass through the trunk that they share."""
+        logprobs, entropy, values = policy_and_values(
+            self.policy, self.critic, part, temperature=self.sampling.temperature, entropy=self.entropy.counts
+        )
+        (policy, of_policy), (value, of_value) = self.improve(part, logprobs, entropy), self.fit_values(part, values)
+        return policy + value, of_policy | of_value
+
+    def improve(self, part: Rollout, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Policy loss from what the policy says of the responses, [B, T] each."""
+        per_token, metrics = policy_terms(self, part, logprobs, entropy)
+        return self.moves * aggregate(per_token, part.mask, "token_mean", part.step_tokens), metrics
+
+    def fit_values(self, part: Rollout, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Value loss times its coefficient, from the values [B, T] of the critic being trained."""
+        per_token, found = clipped_value_loss(values, part.values, part.returns, part.mask, clip=self.value.clip)
+        metrics = {f"value/{key}": metric for key, metric in found.items()}
+        metrics["value/loss"] = masked_mean(per_token, part.mask)
+        return self.value.coef * aggregate(per_token, part.mask, "token_mean", part.step_tokens), metrics
+
+    def ptx_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """γ·L_ptx; nothing while only the critic learns."""
+        loss, metrics = pretraining_loss(self, part)
+        return self.moves * loss, metrics
+
+    @property
+    def moves(self) -> float:
+        """1 where the policy learns too, 0 during the critic's warm-up."""
+        return float(self.global_step >= self.value.warmup)
 
     # -- Lightning --------------------------------------------------------------------------------------------------
 
@@ -235,13 +259,14 @@ class PPO(InnerLoop):
 
     def configure_optimizers(self) -> Any:
         """One AdamW with a group each for policy and critic."""
-        critic_lr = self.critic_lr if self.critic_lr is not None else self.optim.lr
+        critic_lr = self.value.lr if self.value.lr is not None else self.optim.lr
         groups = {
             "policy": (self.policy.parameters(), self.optim.lr),
             "critic": (self.critic.parameters(), critic_lr),
         }
-        return configure(self, groups, self.optim)
+        return configure(self, groups, self.optim, begin={"policy": self.value.warmup})
 
     def export(self, folder: str, merge: bool = True) -> None:
-        """Write the policy as a Hugging Face folder (adapters merged, or kept as an adapter folder)."""
-        save_folder(self.policy, self.tokenizer, folder, merge=merge)
+        """Write the policy, or its average, as a Hugging Face folder (adapters merged, or as an adapter folder)."""
+        with self.averaged():
+            save_folder(self.policy, self.tokenizer, folder, merge=merge)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lit_rlhf.batch import Rollout
+from lit_rlhf.batch import Examples, Rollout
 from lit_rlhf.stages.parts import PASS_TOKENS, cut_by_length
 
 TermT = TypeVar("TermT")
@@ -73,6 +73,8 @@ class Plan:
         self.wide: list[Tensor] = []
         self.step = self.passes = 0
         self.metrics: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.pretraining: Examples | None = None
+        self.counts: list[list[float]] = []  # of each step: response tokens, responses, pretraining tokens
 
     def refuse_remainder(self, rows: int) -> None:
         """Refuse a rollout that cannot be divided.
@@ -126,27 +128,52 @@ class Plan:
             return [rows for step in self.steps[: self.settings.minibatches] for rows in step]
         return self.wide
 
-    def fill(self, rollout: Rollout, mean_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    def fill(
+        self,
+        rollout: Rollout,
+        mean_over_ranks: Callable[[Tensor], Tensor],
+        pretraining: Examples | None = None,
+    ) -> None:
         """Take a finished rollout.
 
         Args:
             rollout: with advantages (and whatever else the loss reads).
             mean_over_ranks: averages a tensor over the processes; a step's token count must be the same on all of them
                 so that averaged gradients are those of one token-weighted mean.
+            pretraining: texts that are learned beside it, each once an epoch, shared out over the epoch's steps.
         """
-        lengths = rollout.lengths.double()
-        tokens = torch.stack([lengths[torch.cat(step).to(lengths.device)].sum() for step in self.steps])
-        self.step_tokens = mean_over_ranks(tokens).tolist()
-        self.rollout, self.step, self.passes = rollout, 0, 0
+        lengths, counts = rollout.lengths.double(), []
+        self.rollout, self.pretraining, self.step, self.passes = rollout, pretraining, 0, 0
+        for step, parts in enumerate(self.steps):
+            own = lengths[torch.cat(parts).to(lengths.device)]
+            texts = self._texts(step)
+            of_texts = own.new_zeros(()) if texts is None else texts.loss_mask[:, 1:].sum().double()
+            counts.append(torch.stack([own.sum(), (own > 0).sum().double(), of_texts]))
+        self.counts = mean_over_ranks(torch.stack(counts)).tolist()
+
+    def _texts(self, step: int, place: int = 0, of: int = 1) -> Examples | None:
+        """Pretraining texts of a step, or of the microbatch at ``place`` among its ``of``."""
+        if self.pretraining is None:
+            return None
+        rows = torch.arange(len(self.pretraining))[step % self.settings.minibatches :: self.settings.minibatches]
+        own = rows[place::of]
+        if len(own):
+            return self.pretraining.select(own)
+        nothing = self.pretraining.select(rows[:1])  # every pass must reach the loss: one text that counts nowhere
+        return nothing.with_(loss_mask=torch.zeros_like(nothing.loss_mask))
 
     def next(self) -> Rollout:
         """The next microbatch, with the size of the optimizer step it belongs to; once a turn."""
         assert self.rollout is not None
-        step = self.steps[self.step]
-        part = self.rollout.select(step[self.passes // self.turns]).trim()
+        step, place = self.steps[self.step], self.passes // self.turns
+        part = self.rollout.select(step[place]).trim()
         self.passes += 1
+        tokens, rows, of_texts = self.counts[self.step]
         return part.with_(
-            step_tokens=max(self.step_tokens[self.step], 1.0), step_rows=float(sum(len(rows) for rows in step))
+            step_tokens=max(tokens, 1.0),
+            step_rows=max(rows, 1.0),
+            pretraining=self._texts(self.step, place, len(step)),
+            pretraining_tokens=max(of_texts, 1.0),
         )
 
     def whose_turn(self, *terms: TermT) -> tuple[TermT, ...]:

@@ -21,7 +21,7 @@ from work import PAD, Work, end_by_position, end_logit, prompts, save_models, se
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import token_logprobs
 from lit_rlhf.rollout import Sampling
-from lit_rlhf.stages import GRPO
+from lit_rlhf.stages import GRPO, KL
 
 RAGGED = Work("grpo", lengths="ragged", rows=8, group=8, steps=1)
 ROLLOUT_LEAD = 1.7  # 70 % of what was measured: 2.4 to 2.8, one thread
@@ -69,7 +69,7 @@ def test_response_lengths_are_uniform_where_the_other_logits_are_as_expected():
 def test_ends_are_the_policys_own(toy):
     """The trainer's pass gives the log-probs that the responses were drawn with, end tokens included."""
     work = Work("grpo", shape="toy", lengths="ragged", rows=16, steps=1, prompt_tokens=4, response_tokens=8)
-    stage = GRPO(str(toy / "policy"), [len], kl_coef=0.0)
+    stage = GRPO(str(toy / "policy"), [len], kl=KL(coef=0.0))
     end_by_position(stage.policy, work)
     rollout = draw(stage, work, seed=0)
     assert rollout.ended.all()
@@ -173,7 +173,7 @@ def test_a_comparison_is_a_row_of_the_table(tmp_path, capsys):
 
 def test_the_rollout_keeps_its_lead_over_generate_and_a_pass(folder):
     """An eighth of the table's ragged GRPO rollout, log-probs included: ours beside transformers' generate."""
-    stage = GRPO(str(folder / "policy"), [len], group_size=RAGGED.group, kl_coef=0.0)
+    stage = GRPO(str(folder / "policy"), [len], group_size=RAGGED.group, kl=KL(coef=0.0))
     policy = stage.policy.eval()
     end_by_position(policy, RAGGED)
     batch = batch_of(RAGGED)

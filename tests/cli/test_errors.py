@@ -19,7 +19,7 @@ def overlay(folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("config", "text", "place", "hint"),
     [
-        ("ppo.yaml", "model: {init_args: {kl_coeff: 1}}", "model.kl_coeff is no option of lit_rlhf.PPO", "kl_coef"),
+        ("ppo.yaml", "model: {init_args: {kl: {coeff: 1}}}", "model.kl.coeff is no option of lit_rlhf.PPO", "kl.coef"),
         (
             "ppo.yaml",
             "model: {init_args: {optim: {learning: 1}, network: {lora: {alfa: 1}}}}",
@@ -55,7 +55,7 @@ def test_unknown_key_on_the_command_line(refused) -> None:
     ("args", "expected"),
     [
         (["--model.updates.epochs", "many"], "model.updates.epochs: expected int, got many"),
-        (["--model.critic_lr", "fast"], "model.critic_lr: expected float, got fast"),
+        (["--model.value.lr", "fast"], "model.value.lr: expected float, got fast"),
         (["--model.network.dtype", "int3"], "model.network.dtype: expected one of 'float32'"),
         (["--trainer.max_steps", "1.5"], "trainer.max_steps: expected int, got 1.5"),
     ],

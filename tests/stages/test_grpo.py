@@ -10,7 +10,7 @@ import torch
 from lit_rlhf.models import Network, token_logprobs
 from lit_rlhf.rewards import MissingEOS
 from lit_rlhf.rollout import Sampling
-from lit_rlhf.stages import GRPO, Optim, Updates
+from lit_rlhf.stages import GRPO, KL, Advantages, Clip, Entropy, Optim, Updates
 
 
 def grpo(folder: str, rewards=(arena.low_ids,), **knobs) -> GRPO:
@@ -22,7 +22,7 @@ def one_batch(stage: GRPO, rows: int = 2):
     """The rollout of one batch as the first loss saw it, and the metrics logged."""
     kept, log = [], arena.Log()
     fill = stage.updates.fill
-    stage.updates.fill = lambda rollout, mean: (kept.append(rollout), fill(rollout, mean))
+    stage.updates.fill = lambda rollout, *more: (kept.append(rollout), fill(rollout, *more))
     arena.fit(stage, [arena.prompts(rows)], callbacks=[log])
     return kept[0], log.rows[0]
 
@@ -42,7 +42,7 @@ def test_a_token_has_its_responses_score_against_its_group(model_folder):
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "fixed_length"])
 def test_the_first_step_is_the_papers_gradient(aggregation, model_folder):
     """At ratio 1: −A per token and β·k3 against a reference that differs, aggregated by hand; Adam with a large ε."""
-    stage = grpo(model_folder, aggregation=aggregation, kl_coef=0.3, optim=Optim(lr=1e-2, eps=1.0))
+    stage = grpo(model_folder, aggregation=aggregation, kl=KL(0.3, "k3", "loss"), optim=Optim(lr=1e-2, eps=1.0))
     with torch.no_grad():
         stage.policy.lm_head.weight.mul_(1.3)
     before = arena.weights(stage)
@@ -67,7 +67,7 @@ def test_the_first_step_is_the_papers_gradient(aggregation, model_folder):
 
 
 def test_groups_without_signal_are_counted_and_move_nothing(model_folder):
-    stage = grpo(model_folder, [arena.constant], kl_coef=0.0)
+    stage = grpo(model_folder, [arena.constant], kl=KL(0.0))
     before = arena.weights(stage)
     _, logged = one_batch(stage)
     assert logged["groups/zero_std_fraction"] == 1
@@ -83,13 +83,12 @@ KNOBS = {
     "sampling": Sampling(max_new_tokens=8, temperature=0.7),
     "optim": Optim(lr=2e-3),
     "group_size": 2,
-    "advantage_scale": "none",
+    "advantages": Advantages(scale="none"),
     "updates": Updates(epochs=2, minibatches=2),
-    "kl_coef": 1.0,
-    "clip_low": 0.001,
-    "clip_high": 0.001,
+    "kl": KL(1.0, "k3", "loss"),
+    "clip": Clip(low=0.001),
     "aggregation": "fixed_length",
-    "entropy_coef": 0.5,
+    "entropy": Entropy(0.5),
     "seed": 1,
 }
 
@@ -110,7 +109,7 @@ def test_every_knob_moves_the_weights(model_folder):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_learns(seed, model_folder):
-    stage = grpo(model_folder, optim=Optim(lr=1e-2), seed=seed, kl_coef=0.01)
+    stage = grpo(model_folder, optim=Optim(lr=1e-2), seed=seed, kl=KL(0.01, "k3", "loss"))
     log = arena.Log()
     arena.fit(stage, [arena.prompts(8, seed=i) for i in range(32)], callbacks=[log])
     rewards = [row["reward"] for row in log.rows]

@@ -190,7 +190,7 @@ def test_the_samplers_log_probs_serve_while_they_are_the_trainers(build, model_f
     def old_logprobs(**settings):
         stage, seen = build(model_folder, updates=Updates(**settings)), []
         fill = stage.updates.fill
-        stage.updates.fill = lambda rollout, mean: (seen.append(rollout), fill(rollout, mean))
+        stage.updates.fill = lambda rollout, *more: (seen.append(rollout), fill(rollout, *more))
         log = arena.Log()
         arena.fit(stage, [arena.prompts(16)], callbacks=[log])
         assert 0 < log.rows[0]["sampler/logprob_gap_max"] < 1e-5

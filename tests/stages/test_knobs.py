@@ -19,32 +19,14 @@ from lit_rlhf.stages import GRPO, PPO, SFT, Optim, RewardModeling
 
 IN_THEIR_OWN_TESTS = {
     "PPO": {
-        *(
-            "model",
-            "rewards",
-            "critic",
-            "network",
-            "frozen_dtype",
-            "reward_weights",
-            "missing_eos",
-            "sampling",
-            "optim",
-        ),
-        *(
-            "critic_lr",
-            "updates",
-            "kl_coef",
-            "kl_target",
-            "kl_horizon",
-            "gamma",
-            "lam",
-        ),
-        *("clip", "value_clip", "value_coef", "entropy_coef", "whiten_rewards", "seed"),
+        *("model", "rewards", "critic", "network", "frozen_dtype", "reward_weights", "missing_eos", "shaping"),
+        *("whiten_rewards", "sampling", "optim", "updates", "kl", "clip", "correction", "gamma", "lam", "value"),
+        *("entropy", "ptx_coef", "ema", "seed"),
     },
     "GRPO": {
         *("model", "rewards", "network", "frozen_dtype", "reward_weights", "missing_eos", "sampling", "optim"),
-        *("group_size", "advantage_scale", "updates", "kl_coef", "clip_low"),
-        *("clip_high", "aggregation", "entropy_coef", "seed"),
+        *("group_size", "groups", "advantages", "truncated", "updates", "kl", "clip", "correction", "aggregation"),
+        *("entropy", "refresh_reference", "ema", "seed"),
     },
     "SFT": {"model"},
     "RewardModeling": {"model", "margin", "center"},

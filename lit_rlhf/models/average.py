@@ -1,0 +1,56 @@
+"""An exponential moving average of a network's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Average(nn.Module):
+    """Moving average w̄ ← d·w̄ + (1 − d)·w of a network's trainable weights, held as buffers, so in checkpoints.
+
+    Ouyang et al. 2022 (InstructGPT, appendix C.4) evaluate the average of the policy's weights with d = 0.992.
+
+    Args:
+        network: whose weights are averaged; the average starts at them.
+        decay: d, at least 0 and below 1.
+
+    Raises:
+        ValueError: another decay.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of a moving average is {decay}, expected at least 0 and below 1")
+        self.decay = decay
+        for name, weight in self._weights(network):
+            self.register_buffer(name.replace(".", "/"), weight.detach().clone())
+
+    @staticmethod
+    def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
+        return [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Move the average towards the network's present weights."""
+        for name, weight in self._weights(network):
+            self.get_buffer(name.replace(".", "/")).lerp_(weight, 1 - self.decay)
+
+    @contextmanager
+    def standing_in(self, network: nn.Module) -> Iterator[None]:
+        """Put the averaged weights into the network for as long as the context lasts."""
+        weights = self._weights(network)
+        own = [weight.detach().clone() for _, weight in weights]
+        with torch.no_grad():
+            for name, weight in weights:
+                weight.copy_(self.get_buffer(name.replace(".", "/")))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, weight), before in zip(weights, own, strict=True):
+                    weight.copy_(before)
