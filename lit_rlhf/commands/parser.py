@@ -25,7 +25,7 @@ from lit_rlhf.commands.configs import config_folder
 BRANCH = re.compile(r'Parser key "(?P<key>[^"]+)":')
 CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)'|class_path='(?P<inner>[\w.]+)'")
 NO_OPTION = re.compile(
-    r"(?:Option '|does not accept option '|unrecognized arguments?: (?:--)?|does not accept nested key ')"
+    r"(?:Option '|(?:Group '(?P<group>[\w.]+)' )?does not accept option '|unrecognized arguments?: (?:--)?|does not accept nested key ')"
     r"(?P<key>[\w.+-]+?)(?:'|=|\s|$)"
 )
 NOT_SAID = re.compile(
@@ -128,7 +128,7 @@ class FriendlyParser(ArgumentParser):
     def _explain(self, problem: Problem) -> str:
         key, text = problem.key, _plain(problem.text)
         if wrong := NO_OPTION.search(text):
-            return self._unknown(problem, wrong["key"])
+            return self._unknown(problem, ".".join(filter(None, (wrong["group"], wrong["key"]))))
         if missing := re.match(r"the following arguments are required: (.+)", text):
             names = [re.sub(r"^(fit|validate|test|predict)\.", "", name.strip()) for name in missing[1].split(",")]
             given = ", ".join(f"{problem.key}.{name}" if problem.key else name for name in names)

@@ -19,7 +19,7 @@ def overlay(folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("config", "text", "place", "hint"),
     [
-        ("ppo.yaml", "model: {init_args: {kl: {coeff: 1}}}", "model.kl.coeff is no option of lit_rlhf.PPO", "kl.coef"),
+        ("ppo.yaml", "model: {init_args: {kl: {coeff: 1}}}", "model.kl.coeff is no option of lit_rlhf.PPO.kl", "coef"),
         (
             "ppo.yaml",
             "model: {init_args: {optim: {learning: 1}, network: {lora: {alfa: 1}}}}",
