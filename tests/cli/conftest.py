@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import lightning  # noqa: F401  before any test captures stderr: its log handler keeps the stream it finds
 import pytest
 import tiny
 
