@@ -25,7 +25,8 @@ from lit_rlhf.commands.configs import config_folder
 BRANCH = re.compile(r'Parser key "(?P<key>[^"]+)":')
 CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)'|class_path='(?P<inner>[\w.]+)'")
 NO_OPTION = re.compile(
-    r"(?:Option '|(?:Group '(?P<group>[\w.]+)' )?does not accept option '|unrecognized arguments?: (?:--)?|does not accept nested key ')"
+    r"(?:Option '|(?:Group '(?P<group>[\w.]+)' )?does not accept option '|"
+    r"unrecognized arguments?: (?:--)?|does not accept nested key ')"
     r"(?P<key>[\w.+-]+?)(?:'|=|\s|$)"
 )
 NOT_SAID = re.compile(

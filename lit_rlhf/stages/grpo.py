@@ -112,6 +112,8 @@ class GRPO(InnerLoop):
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
         self.reference = Reference(self.policy, dtype=frozen_dtype) if self.kl.needs_reference else None
+        if refresh_reference is not None and (self.reference is None or self.reference.frozen is None):
+            raise ValueError("refresh_reference moves a frozen copy: it goes with a KL, and without adapters")
         self.average = Average(self.policy, ema) if ema is not None else None
         self.rewards = Rewards(rewards, reward_weights)
         self.sampler = sampler or DecodeSampler()
