@@ -38,6 +38,7 @@ LIBRARIES: dict[str, set[str]] = {
     "transformers": {"models", "rollout", "data", "demo"},
     "tokenizers": {"demo"},
     "peft": {"models"},
+    "liger_kernel": {"models"},
     "datasets": {"data", "demo"},
     "wandb": {"callbacks"},
     "jsonargparse": {"commands", "cli"},

@@ -1,5 +1,8 @@
 """One GPU, real sizes, random weights: decode against memory bandwidth, update against the products, memory by part.
 
+Decode is measured as it is, with ``cuda_graphs`` (and how many rows then draw the same), and through ``generate``; the
+update with and without Liger's kernels, where they are installed, and how far the log-probs then differ.
+
 ``python benchmarks/speed/gpu.py``        a Qwen2.5-0.5B shape in bfloat16, 256 prompts of 128 tokens, 256 new ones
 ``python benchmarks/speed/gpu.py --dry``  the same steps on a toy model, on whatever is there: to see that they run
 
@@ -23,6 +26,7 @@ from work import tokenizer
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import token_logprobs
 from lit_rlhf.models.cache import cache_bytes
+from lit_rlhf.models.kernels import apply_liger
 from lit_rlhf.objectives import aggregate, clipped_policy_loss
 from lit_rlhf.rollout import DecodeSampler, GenerateSampler, Sampling
 
@@ -81,7 +85,13 @@ def decode(policy: Any, words: Any, work: argparse.Namespace, found: dict[str, A
     sampling = Sampling(max_new_tokens=work.new, stop_ids=())
     rollout = DecodeSampler()(policy, words, prompts, sampling, seed=0)
     tokens = int(rollout.mask.sum())
-    for name, sampler in (("decode", DecodeSampler()), ("generate", GenerateSampler())):
+    graphs = DecodeSampler(cuda_graphs=True)
+    captured = graphs(policy, words, prompts, sampling, seed=0)
+    same_rows = (captured.response_ids == rollout.response_ids).all(dim=1).float().mean()
+    gap = (captured.sampler_logprobs - rollout.sampler_logprobs).abs()[captured.response_ids == rollout.response_ids]
+    found[f"cuda graphs, groups of {group}: share of rows drawn alike"] = float(same_rows)
+    found[f"cuda graphs, groups of {group}: mean log-prob gap of equal tokens"] = float(gap.mean())
+    for name, sampler in (("decode", DecodeSampler()), ("cuda graphs", graphs), ("generate", GenerateSampler())):
         peak_gb(device)
         took = seconds(lambda s=sampler: s(policy, words, prompts, sampling, seed=0), device, work.repeats)  # type: ignore[misc]
         found[f"{name}, groups of {group}: tokens/s"] = tokens / took
@@ -91,11 +101,29 @@ def decode(policy: Any, words: Any, work: argparse.Namespace, found: dict[str, A
     step_bytes = weights + work.rows * columns * cache_bytes(policy)
     floor = work.rows / (step_bytes / (found["copy GB/s"] * 1e9))
     found[f"floor, groups of {group}: tokens/s"] = floor
-    found[f"decode, groups of {group}: share of floor"] = found[f"decode, groups of {group}: tokens/s"] / floor
+    for name in ("decode", "cuda graphs"):
+        found[f"{name}, groups of {group}: share of floor"] = found[f"{name}, groups of {group}: tokens/s"] / floor
     return rollout
 
 
-def update(policy: Any, rollout: Rollout, work: argparse.Namespace, found: dict[str, Any]) -> None:
+def liger(policy: Any, rollout: Rollout, work: argparse.Namespace, found: dict[str, Any]) -> None:
+    """The update again with Liger's kernels, and the log-probs beside those without."""
+    part = rollout.select(torch.arange(min(len(rollout), 8)))
+    with torch.no_grad():
+        before = token_logprobs(policy, part)
+        try:
+            apply_liger(policy)
+        except (ModuleNotFoundError, ValueError) as error:
+            found["update, liger"] = f"not run: {error}"
+            return
+        gap = (token_logprobs(policy, part) - before).abs()
+    found["liger: largest log-prob gap, float32"] = float(gap.max())
+    update(policy, rollout, work, found, "update, liger")
+
+
+def update(
+    policy: Any, rollout: Rollout, work: argparse.Namespace, found: dict[str, Any], name: str = "update"
+) -> None:
     """Forward and backward of a clipped policy loss in microbatches; the share of the products' rate."""
     device, master = policy.device, policy.float()
     rollout = rollout.with_(old_logprobs=rollout.sampler_logprobs, advantages=rollout.mask.float())
@@ -118,8 +146,8 @@ def update(policy: Any, rollout: Rollout, work: argparse.Namespace, found: dict[
     body = sum(p.numel() for p in policy.parameters()) - head
     tokens, responses = int(rollout.input_mask.sum()), int(rollout.mask.sum())
     rate = 6 * (body * tokens + head * responses) / took / 1e12
-    found |= {"update: tokens/s": tokens / took, "update: peak GB": peak_gb(device)}
-    found |= {"update: TFLOP/s": rate, "update: share of products": rate / found["bf16 TFLOP/s"]}
+    found |= {f"{name}: tokens/s": tokens / took, f"{name}: peak GB": peak_gb(device)}
+    found |= {f"{name}: TFLOP/s": rate, f"{name}: share of products": rate / found["bf16 TFLOP/s"]}
 
 
 def main() -> None:
@@ -147,6 +175,7 @@ def main() -> None:
     for group in (8, 1):
         rollout = decode(policy, words, work, found, group)
     update(policy, rollout, work, found)
+    liger(policy, rollout, work, found)
     print("| figure | value |\n| --- | --- |")
     for name, value in found.items():
         print(f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |")

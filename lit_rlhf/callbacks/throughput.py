@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lit_rlhf.callbacks.crowding import Crowding
 from lit_rlhf.stages.inner_loop import InnerLoop
 
 
@@ -40,6 +41,7 @@ class Throughput(Callback):
         if isinstance(pl_module, InnerLoop):
             self.counters = int(pl_module.tokens), int(pl_module.update_count)
         self._begin(pl_module.device)
+        self.crowding = Crowding()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the time."""
@@ -72,6 +74,8 @@ class Throughput(Callback):
             self.logged_step = step
             pl_module.log_dict(self._metrics(trainer.world_size) | peak_memory(pl_module.device))
             self._begin(pl_module.device)
+            if pl_module.device.type == "cpu" and trainer.is_global_zero:
+                self.crowding.look()
 
     def _begin(self, device: torch.device) -> None:
         self.began = time.perf_counter()

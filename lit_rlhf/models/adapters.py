@@ -91,27 +91,46 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was_off
 
 
+def same_place(place: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give ``place`` if it can hold ``like`` in ``dtype``, else new memory that can."""
+    if place is not None and (place.shape, place.device, place.dtype) == (like.shape, like.device, dtype):
+        return place
+    return torch.empty_like(like, dtype=dtype, requires_grad=False)
+
+
+def adapters_in_use(model: nn.Module) -> list[bool]:
+    """Say of each adapted layer whether its adapter takes part."""
+    return [not layer._disable_adapters for layer in _adapted(model).values()]
+
+
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def merged(model: nn.Module, kept: dict[str, Tensor] | None = None) -> Iterator[None]:
     """Run a model with its adapters added to the weights: one product a layer instead of three.
 
     The weights come back bit for bit, since they are put aside and not computed back. Adapters on sharded weights, or
     on weights in half precision (which would round the adapters' part away), are left as they are.
+
+    Args:
+        model: the model.
+        kept: where the sums stand, by layer; given again, they are written to the same places.
     """
     before = []
-    for layer in _adapted(model).values():
+    for name, layer in _adapted(model).items():
         weight = layer.base_layer.weight
         is_whole = not hasattr(weight, "full_tensor")
         if weight.dtype == torch.float32 and is_whole and not layer._disable_adapters:
-            before.append((layer, weight.data))
+            before.append((name, layer, weight.data))
     try:
         with torch.no_grad():
-            for layer, weight in before:
-                layer.base_layer.weight.data = weight + layer.get_delta_weight(ADAPTER)
+            for name, layer, weight in before:
+                place = same_place((kept or {}).get(name), weight, weight.dtype)
+                if kept is not None:
+                    kept[name] = place
+                layer.base_layer.weight.data = torch.add(weight, layer.get_delta_weight(ADAPTER), out=place)
                 layer._disable_adapters = True
         yield
     finally:
-        for layer, weight in before:
+        for _, layer, weight in before:
             layer.base_layer.weight.data = weight
             layer._disable_adapters = False
 

@@ -101,3 +101,44 @@ class BufferedCache(Cache):
         now = torch.arange(count, device=gone.device)
         now[holes] = movers
         return now
+
+
+class FixedLayer(BufferedLayer):
+    """A layer that writes one token a row at the column ``at`` [1] names, and always gives all its columns.
+
+    What is not written yet is 0; the mask leaves it out.
+    """
+
+    def __init__(self, columns: int, is_sliding: bool, at: Tensor) -> None:
+        super().__init__(columns, is_sliding)
+        self.at = at
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers, whose places in memory stay."""
+        super().lazy_initialization(key_states, value_states)
+        self.all_rows = self.key_buffer.zero_(), self.value_buffer.zero_()
+
+    def restart(self, rows: int) -> None:
+        """Forget everything and hold the first ``rows`` rows."""
+        if self.is_initialized:
+            self.key_buffer, self.value_buffer = (buffer[:rows].zero_() for buffer in self.all_rows)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the states of one token a row [B, heads, 1, head size]; give those of all columns."""
+        for buffer, states in ((self.key_buffer, key_states), (self.value_buffer, value_states)):
+            buffer.index_copy_(2, self.at, states.to(buffer.dtype))
+        return self.key_buffer, self.value_buffer
+
+    def shrink(self, count: int, holes: Tensor, movers: Tensor) -> None:
+        """Keep the first ``count`` rows; how many columns are in use, only ``at`` knows."""
+        self.used = self.columns
+        super().shrink(count, holes, movers)
+
+
+class FixedCache(BufferedCache):
+    """Layers of fixed shape, used for one batch after another."""
+
+    def restart(self, rows: int) -> None:
+        """Forget everything and hold the first ``rows`` rows."""
+        for layer in self.layers:
+            layer.restart(rows)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lit_rlhf.models.masks import accepted, masks_for, why_no_masks
 
 
 def new_cache(model: Any, columns: int) -> Any | None:
@@ -42,11 +42,6 @@ def cache_bytes(model: Any) -> int:
     return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
 
 
-@functools.cache
-def _accepted(model_type: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(model_type.forward).parameters)
-
-
 def read_on(model: Any, cache: Any, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
     """Read further tokens of rows whose earlier ones stand in the cache; give the logits after the last one, [B, V].
 
@@ -57,15 +52,18 @@ def read_on(model: Any, cache: Any, ids: Tensor, mask: Tensor | None, positions:
         mask: [B, columns used + L] bool, True = a real token; None = all are.
         positions: [B, L] position of each new token among the row's real ones.
     """
+    ready: Any = None if mask is None else mask.long()
+    if mask is not None and ids.shape[1] == 1 and why_no_masks(model) is None:  # spares a wait for the device a step
+        ready = masks_for(model, mask, mask.shape[1] - 1)
     inputs = {
         "input_ids": ids,
-        "attention_mask": None if mask is None else mask.long(),
+        "attention_mask": ready,
         "past_key_values": cache,
         "use_cache": True,
     }
-    accepted = _accepted(model.__class__)
-    if "position_ids" in accepted:  # some (ALiBi) know no positions
+    takes = accepted(model.__class__)
+    if "position_ids" in takes:  # some (ALiBi) know no positions
         inputs["position_ids"] = positions
-    if "logits_to_keep" in accepted:
+    if "logits_to_keep" in takes:
         inputs["logits_to_keep"] = 1
     return model(**inputs).logits[:, -1]

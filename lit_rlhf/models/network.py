@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lit_rlhf.models.kernels import apply_liger
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -50,6 +52,8 @@ class Network:
         dropout: probability of every dropout in the model. 0 by default: with dropout, RL's probability ratios are
             wrong from the first update (Huang et al. 2023).
         revision: branch, tag or commit of a hub model.
+        kernels: ``liger`` puts Liger's fused norms, rotary embedding and gated MLP into the model (CUDA only;
+            ``pip install liger-kernel``).
     """
 
     dtype: Dtype = "float32"
@@ -59,6 +63,7 @@ class Network:
     trust_remote_code: bool = False
     dropout: float = 0.0
     revision: str | None = None
+    kernels: Literal["liger"] | None = None
 
 
 @contextmanager
@@ -176,6 +181,8 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = float(network.dropout)
+    if network.kernels == "liger":
+        apply_liger(model)
     if network.gradient_checkpointing:
         # Newer releases of transformers 5 call it activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.cache import cache_bytes, new_cache, read_on
+from lit_rlhf.models.fixed import cast_once, why_not_fixed
 from lit_rlhf.models.roles import evaluating
 from lit_rlhf.models.sharding import gathered
-from lit_rlhf.objectives.likelihood import entropy_from_logits
-from lit_rlhf.rollout.draw import draw, uniforms
+from lit_rlhf.rollout.draw import draw, entropy_of, is_one_of, uniforms
 from lit_rlhf.rollout.edges import finish, prepare, warn_if_filtered
 from lit_rlhf.rollout.generate import GenerateSampler
+from lit_rlhf.rollout.prefill import read_prompts
 from lit_rlhf.rollout.sampling import Sampling
+from lit_rlhf.rollout.static import StaticDecode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,12 +41,28 @@ class DecodeSampler:
         entropy: also keep the entropy of each token's distribution, as ``sampler_entropy``.
         cache_gb: memory for keys and values, in 2³⁰ bytes; a larger batch is sampled in parts. No limit if null.
         prefill_tokens: prompt tokens read in one forward pass.
+        cuda_graphs: decode with fixed shapes and replay the step as a CUDA graph. Keys and values (``cache_gb`` bounds
+            them), merged adapters and weights cast for autocast then keep their memory between rollouts. Without CUDA
+            the same fixed shapes run uncaptured. Off until measured on your GPU with ``benchmarks/speed/gpu.py``.
     """
 
-    def __init__(self, entropy: bool = False, cache_gb: float | None = None, prefill_tokens: int = 16_384) -> None:
-        self.entropy, self.cache_gb, self.prefill_tokens = entropy, cache_gb, prefill_tokens
-        self._warned = False
+    def __init__(
+        self,
+        entropy: bool = False,
+        cache_gb: float | None = None,
+        prefill_tokens: int = 16_384,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.entropy, self.cache_gb, self.prefill_tokens, self.cuda_graphs = (
+            entropy,
+            cache_gb,
+            prefill_tokens,
+            cuda_graphs,
+        )
+        self._warned = self._warned_of_shapes = False
         self._plain: GenerateSampler | None = None
+        self._static: StaticDecode | None = None
+        self._kept: dict[str, Tensor] = {}  # weights as decoding needs them, merged or cast
 
     @torch.no_grad()
     def __call__(
@@ -76,9 +94,12 @@ class DecodeSampler:
         prompts, stops = prepare(policy, tokenizer, prompts, sampling)
         numbers = torch.arange(len(prompts)) if prompts.rows is None else prompts.rows
         random = uniforms(seed, numbers.to(policy.device), sampling.max_new_tokens)
-        with evaluating(policy), gathered(policy), merged(policy):
+        with evaluating(policy):
+            is_static = self.cuda_graphs and self._has_fixed_shapes(policy)
+        decode, kept = (self._decode_static, self._kept) if is_static else (self._decode, None)
+        with evaluating(policy), gathered(policy), merged(policy, kept), cast_once(policy, kept):
             parts = [
-                self._decode(policy, prompts.select(rows), sampling, stops, random[rows.to(policy.device)])
+                decode(policy, prompts.select(rows), sampling, stops, random[rows.to(policy.device)])
                 for rows in torch.arange(len(prompts)).split(self._rows_at_once(policy, prompts, sampling))
             ]
         width = max(part["ids"].shape[1] for part in parts)
@@ -98,6 +119,13 @@ class DecodeSampler:
             )
         return self._plain(policy, tokenizer, prompts, sampling, seed=seed)
 
+    def _has_fixed_shapes(self, policy: Any) -> bool:
+        reason = why_not_fixed(policy)
+        if reason is not None and not self._warned_of_shapes:
+            self._warned_of_shapes = True
+            warnings.warn(f"cuda_graphs does nothing for {type(policy).__name__}: {reason}", stacklevel=3)
+        return reason is None
+
     def _rows_at_once(self, policy: Any, prompts: Prompts, sampling: Sampling) -> int:
         if self.cache_gb is None:
             return len(prompts)
@@ -109,17 +137,18 @@ class DecodeSampler:
     ) -> dict[str, Tensor]:
         """Draw until all rows have ended or are as long as they may be; what stands after a stop id is of no use."""
         width, device = prompts.ids.shape[1], prompts.ids.device
-        cache, logits = read_prompts(policy, prompts, width + sampling.max_new_tokens, self.prefill_tokens)
+        cache: Any = new_cache(policy, width + sampling.max_new_tokens)
+        logits, padded = read_prompts(policy, cache, prompts.ids, prompts.mask, self.prefill_tokens)
         drawn = _Drawn(len(prompts), sampling.max_new_tokens, device, self.entropy)
         rows = torch.arange(len(prompts), device=device)
         ended = torch.zeros_like(rows, dtype=torch.bool)
         position, stop = prompts.mask.sum(dim=1), torch.tensor(stops, dtype=torch.long, device=device)
-        mask = None if bool(prompts.mask.all()) else F.pad(prompts.mask, (0, sampling.max_new_tokens), value=True)
-        look_every = 1 if device.type == "cpu" else _LOOK_EVERY
+        mask = F.pad(prompts.mask, (0, sampling.max_new_tokens), value=True) if padded else None
+        look_every = _look_every(device)
         for step in range(sampling.max_new_tokens):
-            token, logprob = draw(logits, random[:, step], sampling, stops if step < sampling.min_new_tokens else ())
+            token, logprob = draw(logits, random[:, step], sampling, stop if step < sampling.min_new_tokens else None)
             drawn.note(step, rows, token, logprob, logits, sampling)
-            ended = ended | torch.isin(token, stop)
+            ended = ended | is_one_of(token, stop)
             if step + 1 == sampling.max_new_tokens:
                 break
             if (step + 1) % look_every == 0:
@@ -135,6 +164,28 @@ class DecodeSampler:
             position = position + 1
         return drawn.columns(step + 1)
 
+    def _decode_static(
+        self, policy: Any, prompts: Prompts, sampling: Sampling, stops: tuple[int, ...], random: Tensor
+    ) -> dict[str, Tensor]:
+        """The same with fixed shapes, in the buffers of the last rollout where they are large enough."""
+        rows, columns = len(prompts), prompts.ids.shape[1] + sampling.max_new_tokens
+        if self._static is None or not self._static.fits(policy, rows, columns, sampling.max_new_tokens):
+            self._static = None  # its memory goes first
+            self._static = StaticDecode(policy, rows, columns, sampling.max_new_tokens, self.entropy)
+        return self._static(
+            policy,
+            prompts,
+            sampling,
+            stops,
+            random,
+            prefill_tokens=self.prefill_tokens,
+            look_every=_look_every(policy.device),
+        )
+
+
+def _look_every(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else _LOOK_EVERY
+
 
 class _Drawn:
     """What has been drawn so far, [B, T] each, at the rows' original places."""
@@ -149,52 +200,8 @@ class _Drawn:
         self.fields["ids"][rows, step] = token
         self.fields["sampler_logprobs"][rows, step] = logprob
         if "sampler_entropy" in self.fields:
-            self.fields["sampler_entropy"][rows, step] = entropy_from_logits(
-                logits.float() / (sampling.temperature or 1.0)
-            )
+            self.fields["sampler_entropy"][rows, step] = entropy_of(logits, sampling)
 
     def columns(self, count: int) -> dict[str, Tensor]:
         """The first ``count`` columns of every field."""
         return {name: field[:, :count] for name, field in self.fields.items()}
-
-
-def read_prompts(policy: Any, prompts: Prompts, columns: int, most_tokens: int) -> tuple[Any, Tensor]:
-    """Read each distinct prompt once, prompts of like length together; fan the result out to all rows.
-
-    Args:
-        policy: the model.
-        prompts: [B, P], left-padded.
-        columns: room of the cache.
-        most_tokens: padded tokens a forward pass may read.
-
-    Returns:
-        (cache of B rows whose last prompt token stands in column P − 1, logits [B, V] after it).
-    """
-    width = prompts.ids.shape[1]
-    distinct, which = torch.unique(prompts.ids.masked_fill(~prompts.mask, -1), dim=0, return_inverse=True)
-    lengths = (distinct >= 0).sum(dim=1)
-    order = lengths.argsort(stable=True)
-    cache: Any = new_cache(policy, columns)
-    logits, done = None, 0
-    sorted_lengths = lengths[order].tolist()
-    while done < len(order):
-        count = 1
-        while done + count < len(order) and (count + 1) * sorted_lengths[done + count] <= most_tokens:
-            count += 1
-        chosen, longest = order[done : done + count], sorted_lengths[done + count - 1]
-        ids = distinct[chosen][:, width - longest :]
-        mask = ids >= 0
-        part = new_cache(policy, longest)
-        all_real = sorted_lengths[done] == longest
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        last = read_on(policy, part, ids.clamp(min=0), None if all_real else mask, positions)
-        place = torch.full_like(order, -1)
-        place[chosen] = torch.arange(count, device=order.device)
-        rows = (place[which] >= 0).nonzero().squeeze(1)
-        of = place[which[rows]]
-        logits = last.new_empty(len(prompts), last.shape[1]) if logits is None else logits
-        logits[rows] = last[of]
-        cache.fan_in(part, rows, of, width, len(prompts))
-        done += count
-    assert logits is not None
-    return cache, logits

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from lit_rlhf.objectives.likelihood import entropy_from_logits
 from lit_rlhf.rollout.sampling import Sampling
 
 _BLOCK = 256  # tokens a block of the two-level draw; near √V for vocabularies of 30,000 to 150,000
@@ -68,7 +67,7 @@ def _filtered(weights: Tensor, sampling: Sampling) -> Tensor:
     return weights
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Draw one token a row from softmax(logits / temperature), exactly, by an inverse CDF on two levels.
 
     First a block of tokens is drawn by the blocks' sums, then a token within it: two short searches in place of a sort
@@ -78,7 +77,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Sequence[i
         logits: [B, V].
         uniform: [B, 2] random numbers in [0, 1).
         sampling: temperature and filters; temperature 0 takes the likeliest token.
-        banned: ids that may not be drawn now.
+        banned: [N] ids that may not be drawn now, on the same device: a list would be copied there at every step.
 
     Returns:
         (token [B], its log-probability [B] in float32). The latter is of the policy's own distribution at the
@@ -95,11 +94,11 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Sequence[i
     blocks = padded.view(rows, -1, _BLOCK)
     total = blocks.sum(dim=-1).sum(dim=-1)
     if sampling.greedy:
-        ban = torch.tensor(banned, dtype=torch.long, device=logits.device)
-        token = logits.index_fill(1, ban, -torch.inf).argmax(dim=-1, keepdim=True)
+        allowed = logits if banned is None else logits.index_fill(1, banned, -torch.inf)
+        token = allowed.argmax(dim=-1, keepdim=True)
     else:
-        if banned:
-            weights[:, list(banned)] = 0.0
+        if banned is not None:
+            weights.index_fill_(1, banned, 0.0)
         if sampling.filtered:
             padded[:, :vocabulary] = _filtered(weights, sampling)
         block = _pick(blocks.sum(dim=-1), uniform[:, 0])
@@ -107,3 +106,13 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Sequence[i
         token = block * _BLOCK + _pick(inside, uniform[:, 1])
     logprob = logits.gather(1, token) - top
     return token.squeeze(1), logprob.squeeze(1) - total.log()
+
+
+def entropy_of(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Entropy of the policy's own distribution at the temperature (1 where that is 0), before filters; [B, V] → [B]."""
+    return entropy_from_logits(logits.float() / (sampling.temperature or 1.0))
+
+
+def is_one_of(token: Tensor, ids: Tensor) -> Tensor:
+    """Say of each ``token`` [B] whether it is among ``ids`` [N]; unlike ``torch.isin``, it never waits for a GPU."""
+    return (token[:, None] == ids).any(dim=1)

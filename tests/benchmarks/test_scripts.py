@@ -23,7 +23,11 @@ def test_the_gpu_script_runs_dry_and_says_what_it_lacks(tmp_path, monkeypatch, c
     monkeypatch.setattr("sys.argv", ["gpu.py", "--dry", "--json", str(tmp_path / "gpu.json")])
     gpu.main()
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {"decode, groups of 8: share of floor", "update: share of products"} <= set(found)
+    names = {"decode, groups of 8: share of floor", "cuda graphs, groups of 1: tokens/s", "update: share of products"}
+    assert names <= set(found)
+    assert found["cuda graphs, groups of 8: mean log-prob gap of equal tokens"] < 0.05  # of bfloat16
+    if not torch.cuda.is_available():
+        assert found["update, liger"].startswith("not run: ")
     assert "| update: tokens/s |" in capsys.readouterr().out
     if not torch.cuda.is_available():
         monkeypatch.setattr("sys.argv", ["gpu.py"])
