@@ -144,6 +144,7 @@ class Rollout:
     values: Tensor = _LATER  # [B, T] of the critic, before any update
     scores: Tensor = _LATER  # [B] from the judges
     parts: dict[str, Tensor] | None = None  # by reward, [B] before weighting, NaN where it does not apply
+    outcomes: Tensor | None = None  # [B] what of the scores judges the whole response, where a reward judges steps
     step_scores: Tensor | None = None  # [B, S] of a response's steps, weighted, where a reward judges steps
     step_ends: Tensor | None = None  # [B, S] long, place of each step's last token in the response, -1 = no step
     weights: Tensor | None = None  # [B, T] importance weights, where the sampler was not the policy

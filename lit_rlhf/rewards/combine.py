@@ -155,7 +155,12 @@ class Rewards(nn.Module):
         if not any(weights[name] for name in steps):
             return rollout
         of_steps, ends = padded_steps([(weights[name], said) for name, said in steps.items()], scores)
-        return rollout.with_(step_scores=of_steps, step_ends=ends)
+        # Added up, not left over: rounding in a difference would look like a signal once a group is scaled.
+        whole = torch.zeros_like(scores)
+        for name, values in parts.items():
+            if name not in steps:
+                whole = whole + values.nan_to_num(nan=0.0) * weights[name]
+        return rollout.with_(outcomes=whole, step_scores=of_steps, step_ends=ends)
 
     def weighed(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Values [B, R] of the rewards whose weight is not 0 (NaN where one does not apply), and their weights [R]."""

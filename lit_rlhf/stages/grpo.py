@@ -147,7 +147,8 @@ class GRPO(InnerLoop):
     @torch.no_grad()
     def assess(self, rollout: Rollout) -> Rollout:
         """Give each token its response's score against its group's, less β·KL where that is no part of the loss."""
-        mask, scores, kl, beta = rollout.mask, rollout.scores, kl_to_reference(self, rollout), float(self.kl_coef)
+        mask, kl, beta = rollout.mask, kl_to_reference(self, rollout), float(self.kl_coef)
+        scores = rollout.scores if rollout.outcomes is None else rollout.outcomes  # steps are credited below
         if self.kl.place == "score":
             scores = scores - beta * kl.sum(dim=1)
         relative = self.compare(rollout, scores)
@@ -166,11 +167,9 @@ class GRPO(InnerLoop):
         return rollout.with_(advantages=credit * counted, mask=counted)
 
     def compare(self, rollout: Rollout, scores: Tensor) -> Tensor:
-        """Advantage of each response [B] from its score; what judges steps is credited by itself."""
+        """Advantage of each response [B] from its score."""
         if self.advantages.mix == "normalize_then_sum":
             return normalize_then_sum(*self.rewards.weighed(rollout), self.group_size, over_ranks=self.sum_over_ranks)
-        if rollout.step_scores is not None:
-            scores = scores - rollout.step_scores.sum(dim=1)
         baseline, scale = self.advantages.baseline, self.advantages.scale
         return baseline_advantages(
             scores, self.group_size, baseline=baseline, scale=scale, over_ranks=self.sum_over_ranks

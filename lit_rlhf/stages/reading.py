@@ -24,7 +24,9 @@ def judge(stage: PPO | GRPO, rollout: Rollout) -> Rollout:
     with stage.timed("score"):
         rollout = stage.rewards.judge(rollout)
         if stage.missing_eos is not None:
-            rollout = rollout.with_(scores=stage.missing_eos.apply(rollout.scores, rollout.ended))
+            scores = stage.missing_eos.apply(rollout.scores, rollout.ended)
+            whole = None if rollout.outcomes is None else rollout.outcomes + (scores - rollout.scores)
+            rollout = rollout.with_(scores=scores, outcomes=whole)
     return rollout
 
 
