@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models import forget_in_checkpoints, keep_adapters_only, token_logprobs
+from lit_rlhf.models import can_share, forget_in_checkpoints, keep_adapters_only, token_logprobs
 from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
@@ -106,7 +106,8 @@ class InnerLoop(LightningModule):
         rows = (here // group * world + self.global_rank) * group + here % group
         with self.timed("rollout"):
             rollout = self.sampler(self.policy, self.tokenizer, prompts.with_(rows=rows), self.sampling, seed=seed)
-        self.updates.draw_up(rollout, seed_for(self.seed, "shuffling", self.global_step), self.max_over_ranks)
+        seed, shares = seed_for(self.seed, "shuffling", self.global_step), group > 1 and can_share(self.policy)
+        self.updates.draw_up(rollout, seed, self.max_over_ranks, shares)
         self._sync_gradients()
         speed = int(rollout.mask.sum()) * self.trainer.world_size / max(self.rollout_metrics["time/rollout"], 1e-9)
         self.rollout_metrics["throughput/rollout_tokens_per_second"] = speed
