@@ -21,7 +21,8 @@ from lit_rlhf.models.heads import (
 )
 from lit_rlhf.models.network import Dtype, Lora, Network
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
-from lit_rlhf.models.sharding import gathered, reshard, shard, unsharded_trainables
+from lit_rlhf.models.sharding import gathered, is_sharded, reshard, shard, unsharded_trainables
+from lit_rlhf.models.sharing import can_share
 
 __all__ = [
     "Average",
@@ -30,11 +31,13 @@ __all__ = [
     "Network",
     "Reference",
     "adapters_off",
+    "can_share",
     "evaluating",
     "forget_in_checkpoints",
     "freeze",
     "gathered",
     "has_adapters",
+    "is_sharded",
     "keep_adapters_only",
     "load_causal",
     "load_scalar",

@@ -21,16 +21,28 @@ def new_cache(model: Any, columns: int) -> Any | None:
         A transformers cache with `fan_in` and `drop_rows`; None where the model keeps other state than keys and values
         (state space, linear attention), which cannot be held so.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     from lit_rlhf.models.buffers import BufferedCache, BufferedLayer
+
+    sliding = sliding_layers(model)
+    if sliding is None:
+        return None
+    return BufferedCache(layers=[BufferedLayer(columns, is_sliding) for is_sliding in sliding])
+
+
+def sliding_layers(model: Any) -> list[bool] | None:
+    """Say of each layer of a decoder's cache whether it attends to a window only.
+
+    Returns:
+        None where the model keeps other state than keys and values, or is no decoder.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
         return None
     kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
     if not kinds or not set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
-    return BufferedCache(layers=[BufferedLayer(columns, kind is DynamicSlidingWindowLayer) for kind in kinds])
+    return [kind is DynamicSlidingWindowLayer for kind in kinds]
 
 
 def cache_bytes(model: Any) -> int:

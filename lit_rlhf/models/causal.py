@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -21,7 +22,9 @@ from lit_rlhf.models.network import (
     quiet,
     to_left_edge,
 )
-from lit_rlhf.models.output import chosen_tokens
+from lit_rlhf.models.output import chosen_after, chosen_tokens, head_inputs
+from lit_rlhf.models.prefix import Shared, read_shared, shared_prompts
+from lit_rlhf.models.sharing import can_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,21 +119,38 @@ def _read(model: Any, ids: Tensor, mask: Tensor, asked: Tensor, **ask: Any) -> t
     return (row, column), chosen_tokens(model, moved, before, ids[row, column], **ask)
 
 
+def _read_over_prompts(
+    model: Any, rollout: Rollout, shared: Shared, **ask: Any
+) -> tuple[tuple[Tensor, Tensor], Chosen]:
+    """(row, column) of each response token, and what the model says, each distinct prompt read once."""
+    hidden, place = read_shared(partial(head_inputs, model), model, shared)
+    row, column = rollout.mask.nonzero(as_tuple=True)
+    number = (rollout.mask.cumsum(dim=1) - 1)[row, column]
+    states = hidden.index_select(0, place[row, number])
+    chosen = chosen_after(model, states, rollout.response_ids[row, column], **ask)
+    return (row, column), chosen._replace(hidden=states)
+
+
 def response_tokens(
-    model: Any, rollout: Rollout, *, temperature: float = 1.0, **ask: Any
+    model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: bool = False, hidden: bool = False
 ) -> tuple[tuple[Tensor, Tensor], Chosen]:
     """(row, column) of each response token in the rollout's mask, and what the model says of it.
 
     Args:
         model: a causal language model.
-        rollout: prompts and responses.
+        rollout: prompts and responses; only ids and masks are read.
         temperature: divides the logits; more than 0.
-        ask: what else `chosen_tokens` shall say.
+        entropy: also the entropies.
+        hidden: also the states that the head reads.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
+    ask = {"temperature": temperature, "entropy": entropy}
+    shared = shared_prompts(rollout)
+    if shared is not None and can_share(model):
+        return _read_over_prompts(model, rollout, shared, **ask)
     asked = torch.cat([torch.zeros_like(rollout.prompt_mask), rollout.mask], dim=1)
-    (row, column), found = _read(model, rollout.input_ids, rollout.input_mask, asked, temperature=temperature, **ask)
+    (row, column), found = _read(model, rollout.input_ids, rollout.input_mask, asked, hidden=hidden, **ask)
     return (row, column - rollout.prompt_ids.shape[1]), found
 
 
@@ -153,7 +173,8 @@ def token_logprobs(
 
     ``logprobs[b, t] = log softmax(logits / temperature)[response_ids[b, t]]``; 0 where the mask is False. Padding on
     either side and other rows of the batch change nothing. The head runs at response positions only, and the logits of
-    all of them are not kept at once where they are many.
+    all of them are not kept at once where they are many. A prompt that several rows answer is read once where that is
+    cheaper and the model allows it (`can_share`).
 
     Args:
         model: a causal language model.

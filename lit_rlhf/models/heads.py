@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import inject_adapters
 from lit_rlhf.models.causal import response_tokens, write_folder
 from lit_rlhf.models.network import Network, load_config, load_weights, to_left_edge
+from lit_rlhf.models.prefix import Shared, read_shared, shared_prompts
+from lit_rlhf.models.sharing import can_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,6 +144,12 @@ def _raw_scores(model: Any, ids: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()
 
 
+def _scores_at(model: Any, positions: Tensor, **inputs: Any) -> Tensor:
+    """Scores [N] in float32 at some places of the flattened inputs."""
+    with _score_every_position(model):
+        return model(**inputs).logits.flatten().index_select(0, positions).float()
+
+
 def token_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Compute the scalar at every token, in float32; 0 where the mask is False.
 
@@ -177,10 +186,23 @@ def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.where(length > 0, scores.squeeze(1), 0.0)
 
 
+def shared_scores(model: Any, shared: Shared) -> Tensor:
+    """Compute the scalar at the last token of rows whose beginnings are read once; `sequence_scores` of the same, [B].
+
+    Args:
+        model: from `load_scalar`, one that `can_share`.
+        shared: the rows; their last tokens are their own.
+    """
+    scores, place = read_shared(partial(_scores_at, model), model, shared)
+    rest = shared.rest.to(place.device)
+    return torch.where(rest > 0, scores[place.gather(1, rest[:, None]).squeeze(1)], 0.0)
+
+
 def response_values(model: Any, rollout: Rollout) -> Tensor:
     """Compute the value of the state before each response token; 0 where the mask is False.
 
-    ``values[b, t]`` reads the prompt and the response up to, not including, token t.
+    ``values[b, t]`` reads the prompt and the response up to, not including, token t. A prompt that several rows answer
+    is read once where that is cheaper and the model allows it (`can_share`).
 
     Args:
         model: the critic, from `load_scalar`.
@@ -189,6 +211,11 @@ def response_values(model: Any, rollout: Rollout) -> Tensor:
     Returns:
         [B, T].
     """
+    shared = shared_prompts(rollout)
+    if shared is not None and can_share(model):
+        scores, place = read_shared(partial(_scores_at, model), model, shared)
+        number = (rollout.mask.cumsum(dim=1) - 1).clamp(min=0)
+        return torch.where(rollout.mask, scores[place.gather(1, number)], 0.0)
     moved, columns = to_left_edge(rollout.input_ids, rollout.input_mask, but_last=True)
     before = columns[:, rollout.prompt_ids.shape[1] :] - 1
     values = _raw_scores(model, moved).gather(1, before.clamp(min=0))

@@ -45,7 +45,7 @@ def chosen_tokens(
         ValueError: ``hidden`` is asked of a model that cannot be run with a stand-in.
     """
     network = model.module if isinstance(model, DistributedDataParallel) else model
-    after = _after_head(network)
+    after = after_head(network)
     ask: Any = {"temperature": temperature, "entropy": entropy, "correct": correct}
     if after is None:
         if hidden:
@@ -55,18 +55,55 @@ def chosen_tokens(
         logits = model(input_ids=ids, use_cache=False).logits
         return chosen_from_logits(logits.flatten(0, 1).index_select(0, positions), targets, **ask)
     head = network.get_output_embeddings()
-    own_forward, kept = head.forward, list[Chosen]()
-    is_linear = getattr(own_forward, "__func__", None) is nn.Linear.forward  # no adapters, quantisation or patches
+    own_forward = head.forward
 
-    def stand_in(states: Tensor) -> Tensor:
-        rows = states.flatten(0, 1).index_select(0, positions)
-        if is_linear and type(head.weight.data) is Tensor:  # sharded weights are whole by now
-            kept.append(chosen_from_hidden(rows, head.weight, head.bias, targets, after=after, **ask))
-        else:
-            kept.append(chosen_from_logits(_apply(after, own_forward(rows)), targets, **ask))
-        if hidden:
-            kept.append(kept.pop()._replace(hidden=rows))
-        return states.new_zeros(1, 1, head.out_features)  # the model may cap or scale it
+    def judge(rows: Tensor) -> tuple[Any, ...]:
+        found = _judge(head, own_forward, after, rows, targets, **ask)
+        return found._replace(hidden=rows) if hidden else found
+
+    return Chosen(*_at_head(model, positions, judge, input_ids=ids, use_cache=False))
+
+
+def head_inputs(network: Any, positions: Tensor, **inputs: Any) -> Tensor:
+    """Run a model and give what its output head would read, [N, d].
+
+    Args:
+        network: a causal language model whose `after_head` is known.
+        positions: [N] long, places in the flattened inputs.
+        inputs: of the model's forward.
+    """
+    (rows,) = _at_head(network, positions, lambda rows: (rows,), **inputs)
+    return rows
+
+
+def chosen_after(
+    network: Any, rows: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False
+) -> Chosen:
+    """Say how likely ``targets`` [N] are after the hidden states ``rows`` [N, d] that `head_inputs` gave."""
+    head, after = network.get_output_embeddings(), after_head(network)
+    assert after is not None
+    return _judge(head, head.forward, after, rows, targets=targets, temperature=temperature, entropy=entropy)
+
+
+def _judge(
+    head: Any, own_forward: Callable[[Tensor], Tensor], after: AfterHead, rows: Tensor, targets: Tensor, **ask: Any
+) -> Chosen:
+    is_linear = getattr(own_forward, "__func__", None) is nn.Linear.forward  # no adapters, quantisation or patches
+    if is_linear and type(head.weight.data) is Tensor:  # sharded weights are whole by now
+        return chosen_from_hidden(rows, head.weight, head.bias, targets, after=after, **ask)
+    return chosen_from_logits(_apply(after, own_forward(rows)), targets, **ask)
+
+
+def _at_head(
+    model: Any, positions: Tensor, reader: Callable[[Tensor], tuple[Any, ...]], **inputs: Any
+) -> tuple[Any, ...]:
+    """What a reader makes of the hidden states before a model's head, in place of the model's output."""
+    network = model.module if isinstance(model, DistributedDataParallel) else model
+    head, kept = network.get_output_embeddings(), list[tuple[Any, ...]]()
+
+    def stand_in(hidden: Tensor) -> Tensor:
+        kept.append(reader(hidden.flatten(0, 1).index_select(0, positions)))
+        return hidden.new_zeros(1, 1, head.out_features)  # the model may cap or scale it
 
     def hand_over(module: nn.Module, args: Any, output: Any) -> Any:
         return tuple(kept.pop())
@@ -75,7 +112,7 @@ def chosen_tokens(
     handle = network.register_forward_hook(hand_over, prepend=True)
     try:
         with _standing_in(head, stand_in):
-            return Chosen(*model(input_ids=ids, use_cache=False))
+            return model(**inputs)
     finally:
         handle.remove()
 
@@ -101,7 +138,7 @@ def _apply(after: AfterHead, product: Tensor) -> Tensor:
 _AFTER_HEAD: WeakKeyDictionary[nn.Module, AfterHead | None] = WeakKeyDictionary()
 
 
-def _after_head(model: Any) -> AfterHead | None:
+def after_head(model: Any) -> AfterHead | None:
     """What a model does to its head's product; None = not a scale and a soft-cap. Found out once a model."""
     if model not in _AFTER_HEAD:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}

@@ -40,6 +40,20 @@ def shard(model: Any, mesh: Any) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes gather the model's weights at each pass (FSDP, FSDP2, ZeRO-3) and so must make as many passes.
+
+    Args:
+        model: a network.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    in_zero_3 = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return in_zero_3 or any(isinstance(one, (FSDPModule, FullyShardedDataParallel)) for one in model.modules())
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold a sharded model's weights whole, so that generation gathers them once instead of once a token.

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
-from lit_rlhf.models import Network, load_scalar, load_tokenizer, sequence_scores
+from lit_rlhf.models import Network, can_share, load_scalar, load_tokenizer, sequence_scores
+from lit_rlhf.models.heads import shared_scores
+from lit_rlhf.models.lengths import padded_tokens
+from lit_rlhf.models.prefix import Shared, number_rows, shared_beginnings
 
 
 class RewardModel(nn.Module):
@@ -22,7 +25,7 @@ class RewardModel(nn.Module):
         normalize: take off the mean and divide by the standard deviation of its scores on held-out data, which the
             reward stage saved in its ``config.json`` (``reward_mean``, ``reward_std``).
         dtype: precision of its weights; scores are float32.
-        batch_size: sequences a forward pass; bounds memory and changes no score.
+        batch_size: sequences that are read at once; bounds memory and changes no score.
         trust_remote_code: run Python code that comes with the model.
         name: what it is logged as.
 
@@ -80,11 +83,31 @@ class RewardModel(nn.Module):
 
     def score_rollout(self, rollout: Rollout) -> Tensor:
         """Scores [B] (float32) of the responses, each read at its last token."""
-        # Like lengths together: a pass is as wide as its longest sequence.
-        order = rollout.input_mask.sum(dim=1).argsort(stable=True)
-        parts = [rollout.select(rows).trim() for rows in order.split(self.batch_size)]
-        scores = torch.cat([sequence_scores(self.model, part.input_ids, part.input_mask).float() for part in parts])
-        return (torch.empty_like(scores).index_copy_(0, order, scores) - self.mean) / self.std
+        scores = torch.empty(len(rollout), device=rollout.mask.device)
+        for rows, shared in self._passes(rollout):
+            if shared is None:
+                part = rollout.select(rows).trim()
+                found = sequence_scores(self.model, part.input_ids, part.input_mask)
+            else:
+                found = shared_scores(self.model, shared)
+            scores[rows.to(scores.device)] = found.float()
+        return (scores - self.mean) / self.std
+
+    def _passes(self, rollout: Rollout) -> list[tuple[Tensor, Shared | None]]:
+        """Row numbers of each batch: like lengths together, or answers to a prompt where reading it once is cheaper."""
+        lengths = rollout.input_mask.sum(dim=1).cpu()
+        plain = lengths.argsort(stable=True).split(self.batch_size)
+        which = number_rows(rollout.prompt_ids, rollout.prompt_mask)
+        if len(which.unique()) < len(which) and can_share(self.model):
+            by_prompt = which.argsort(stable=True).split(self.batch_size)
+            shared = [self._shared(rollout.select(rows), which[rows]) for rows in by_prompt]
+            whole = padded_tokens(plain, lengths) + shared[0].overhead * len(plain)
+            if sum(one.cost for one in shared) < whole:
+                return list(zip(by_prompt, shared, strict=True))
+        return [(rows, None) for rows in plain]
+
+    def _shared(self, part: Rollout, which: Tensor) -> Shared:
+        return shared_beginnings(part.input_ids, part.input_mask, which.unique(return_inverse=True)[1])
 
     def _moments(self) -> tuple[float, float]:
         mean, std = (getattr(self.model.config, f"reward_{key}", None) for key in ("mean", "std"))

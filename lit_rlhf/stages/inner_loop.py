@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models import Average, Reference, forget_in_checkpoints, keep_adapters_only
+from lit_rlhf.models import Average, Reference, can_share, forget_in_checkpoints, keep_adapters_only
 from lit_rlhf.rewards import MissingEOS, Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
@@ -133,7 +133,8 @@ class InnerLoop(LightningModule):
 
     def plan(self, rollout: Rollout) -> None:
         """Plan the updates on a rollout; fix what dropout draws in them."""
-        self.updates.draw_up(rollout, seed_for(self.seed, "shuffling", self.global_step), self.max_over_ranks)
+        seed, shares = seed_for(self.seed, "shuffling", self.global_step), self.samples_per_prompt > 1
+        self.updates.draw_up(rollout, seed, self.max_over_ranks, shares and can_share(self.policy))
         self._sync_gradients()
         torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.global_rank))
 
@@ -166,7 +167,7 @@ class InnerLoop(LightningModule):
                 break
         optimizer.zero_grad(set_to_none=True)
         if self.clip.form == "penalty":
-            steer_penalty(self, self.updates.mean_metrics(step)["policy/approx_kl"])
+            steer_penalty(self, self.updates.mean_metrics(step)["policy/old_kl"])
         if self.average is not None:
             self.average.update(self.policy)
         sampled = self.rollout_metrics["time/rollout"] + self.rollout_metrics["time/score"]

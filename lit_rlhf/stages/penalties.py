@@ -108,10 +108,10 @@ def steer_kl(stage: PPO | GRPO, sequence_kl: Tensor, responses: int) -> None:
         stage.kl_coef.fill_(beta)
 
 
-def steer_penalty(stage: InnerLoop, approx_kl: Tensor) -> None:
+def steer_penalty(stage: InnerLoop, old_kl: Tensor) -> None:
     """Move the weight of the KL to the old policy, from that of the last update (Schulman et al. 2017, §4)."""
     if stage.clip.form == "penalty" and stage.clip.penalty_target is not None:
-        seen, weight = float(stage.mean_over_ranks(approx_kl)), float(stage.clip_penalty)
+        seen, weight = float(stage.mean_over_ranks(old_kl)), float(stage.clip_penalty)
         stage.clip_penalty.fill_(adapt_kl_penalty(weight, seen, target=stage.clip.penalty_target))
 
 

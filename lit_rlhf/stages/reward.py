@@ -11,12 +11,12 @@ from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Pairs
 from lit_rlhf.metrics import CalibrationError, PairAccuracy, ScoreMoments
-from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar, sequence_scores
+from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar
 from lit_rlhf.objectives import centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
-from lit_rlhf.stages.parts import read_in_parts
+from lit_rlhf.stages.parts import read_ranked
 
 
 class RewardModeling(LightningModule):
@@ -65,7 +65,7 @@ class RewardModeling(LightningModule):
 
     def compare(self, batch: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each comparison [M], and the scores of its two responses [M]; each response is read once."""
-        scores = read_in_parts(sequence_scores, self.reward, batch.ids, batch.mask)
+        scores = read_ranked(self.reward, batch)
         better, worse = scores[batch.better], scores[batch.worse]
         losses = pairwise_loss(better, worse, margin=batch.margin if self.margin else None)
         return losses + self.center * centering_loss(better, worse), better, worse

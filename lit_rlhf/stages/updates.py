@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rlhf.batch import Examples, Rollout
-from lit_rlhf.stages.parts import PASS_TOKENS, cut_by_length
+from lit_rlhf.models.lengths import cut_by_length, padded_tokens, pass_tokens
+from lit_rlhf.models.prefix import cut_groups, number_rows
 
 TermT = TypeVar("TermT")
 
@@ -37,6 +38,43 @@ class Updates:
     micro_batch_tokens: int | None = 16_384
     target_kl: float | None = None
     sampler_gap: float = 1e-4
+
+
+@dataclass
+class _Task:
+    """Rows that are cut into microbatches, of like length or with the answers to a prompt together."""
+
+    rows: Tensor  # [n] their numbers in the rollout
+    which: Tensor  # [n] number of the prompt
+    prefix: Tensor  # [n] tokens of the prompt
+    rest: Tensor  # [n] tokens of the response
+    budget: int | None
+    overhead: int
+    in_groups: bool = False
+
+    def cut(self) -> list[Tensor]:
+        """As reading them costs least."""
+        lengths = self.prefix + self.rest
+        parts = cut_by_length(lengths, most_tokens=self.budget, overhead=self.overhead)
+        if len(self.which.unique()) < len(self.rows):
+            groups, cost = self._groups()
+            self.in_groups = cost < padded_tokens(parts, lengths) + self.overhead * len(parts)
+            parts = groups if self.in_groups else parts
+        return [self.rows[part] for part in parts]
+
+    def cut_into(self, count: int) -> list[Tensor]:
+        """In the same way, into more parts than that would be."""
+        if self.in_groups:
+            parts, _ = self._groups(count)
+        else:  # not one part more than it must make
+            lengths = self.prefix + self.rest
+            parts = cut_by_length(lengths, most_tokens=self.budget, overhead=2**40, at_least=count)
+        return [self.rows[part] for part in parts]
+
+    def _groups(self, count: int | None = None) -> tuple[list[Tensor], int]:
+        return cut_groups(
+            self.which, self.prefix, self.rest, most_tokens=self.budget, overhead=self.overhead, count=count
+        )
 
 
 class Plan:
@@ -88,38 +126,41 @@ class Plan:
                 f"model.updates.minibatches or data.batch_size (sequences = prompts × samples a prompt)."
             )
 
-    def draw_up(self, rollout: Rollout, seed: int, max_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    def draw_up(
+        self, rollout: Rollout, seed: int, max_over_ranks: Callable[[Tensor], Tensor], shares: bool = False
+    ) -> None:
         """Decide which rows every microbatch of every optimizer step takes.
 
         The first epoch takes the rows in the order in which they were sampled, and the scoring pass reads its very
         microbatches (:meth:`parts`), so that the log-probs of the first minibatch are those of that pass to the last
-        bit. Later epochs take a fresh permutation each. Within a minibatch rows of like length go together.
+        bit. Later epochs take a fresh permutation each. Within a minibatch rows of like length go together, or the
+        answers to a prompt, whichever is cheaper to read.
 
         Args:
             rollout: prompts and responses.
             seed: of the permutations; the same on every rank.
             max_over_ranks: elementwise maximum over the processes. All make the same number of passes, since sharded
                 weights are gathered once a pass.
+            shares: whether a prompt is read once for the answers to it that a microbatch holds.
         """
         rows, device = len(rollout), rollout.mask.device
-        lengths = (rollout.prompt_mask.sum(dim=1) + rollout.lengths).cpu()
+        prefix, rest = torch.stack([rollout.prompt_mask.sum(dim=1), rollout.lengths]).cpu()
+        which = number_rows(rollout.prompt_ids, rollout.prompt_mask) if shares else torch.arange(rows)
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.arange(rows)]
         orders += [torch.randperm(rows, generator=generator) for _ in range(1, self.settings.epochs)]
         minibatches = [part for order in orders for part in order.split(rows // self.settings.minibatches)]
         most = self.settings.micro_batch_tokens
         budgets = [most] * len(minibatches) + [None if most is None else _FORWARD_ONLY * most]
-
-        def cut(whole: Tensor, budget: int | None, at_least: int = 1, overhead: int | None = None) -> list[Tensor]:
-            overhead = PASS_TOKENS.get(device.type, PASS_TOKENS["cuda"]) if overhead is None else overhead
-            parts = cut_by_length(lengths[whole], most_tokens=budget, overhead=overhead, at_least=at_least)
-            return [whole[part] for part in parts]
-
-        cuts = [cut(*task) for task in zip([*minibatches, orders[0]], budgets, strict=True)]
+        tasks = [
+            _Task(whole, which[whole], prefix[whole], rest[whole], budget, pass_tokens(device))
+            for whole, budget in zip([*minibatches, orders[0]], budgets, strict=True)
+        ]
+        cuts = [task.cut() for task in tasks]
         counts = max_over_ranks(torch.tensor([len(parts) for parts in cuts], device=device)).tolist()
-        for i, whole in enumerate([*minibatches, orders[0]]):
+        for i, task in enumerate(tasks):
             if counts[i] > len(cuts[i]):
-                cuts[i] = cut(whole, budgets[i], counts[i], overhead=2**40)  # not one part more than it must make
+                cuts[i] = task.cut_into(counts[i])
         *self.steps, self.wide = cuts
 
     def parts(self, like_updates: bool) -> list[Tensor]:

@@ -23,7 +23,7 @@ from transformers import (
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models import Lora, Network, load_causal, next_token_logprobs, stop_ids, token_logprobs
 from lit_rlhf.models import logprobs as logprobs_module
-from lit_rlhf.models.output import _after_head
+from lit_rlhf.models.output import after_head
 
 ROWS = [([5, 6, 7], [8, 9, tiny.EOS]), ([40], [41, 42, 43, 44, tiny.EOS]), ([9, 10, 11, 12, 13], [14])]
 MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2}
@@ -143,7 +143,7 @@ def test_families_are_exact_in_ragged_batches(name):
     for row, (prompt, response) in zip(found, ROWS, strict=True):
         expected = by_definition(model, prompt, response, temperature=0.8)
         torch.testing.assert_close(row[: len(response)], expected, atol=1e-5, rtol=1e-5)
-    assert _after_head(model) is not None
+    assert after_head(model) is not None
 
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (1 / 3, None), (1.0, 30.0), (1.0, 0.05), (40.0, 15.0)])
@@ -155,7 +155,7 @@ def test_what_a_model_does_to_its_logits_is_read_off_it(scale, cap):
             output.logits = logits if cap is None else cap * torch.tanh(logits / cap)
             return output
 
-    found = _after_head(Model(tiny.tiny_llama().config))
+    found = after_head(Model(tiny.tiny_llama().config))
     assert found.scale == pytest.approx(scale, rel=1e-6)
     assert found.cap == (None if cap is None else pytest.approx(cap, rel=1e-6))
 
@@ -185,7 +185,7 @@ def test_a_model_that_does_something_else_is_run_as_it_is(kind):
     with pytest.warns(UserWarning, match=f"{kind.__name__} does more to its logits"):
         found, entropy = token_logprobs(model, rollout_of(ROWS), entropy=True)
     torch.testing.assert_close(found[0, :3], by_definition(model, *ROWS[0]), atol=1e-5, rtol=0)
-    assert _after_head(model) is None
+    assert after_head(model) is None
     (found.sum() + entropy.sum()).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.fsdp import FSDPModule
 
-from lit_rlhf.models import load_scalar, next_token_logprobs, sequence_scores
+from lit_rlhf.models import is_sharded, load_scalar, next_token_logprobs, sequence_scores
+from lit_rlhf.models.lengths import PASS_TOKENS, cut_by_length
 from lit_rlhf.stages import parts
-from lit_rlhf.stages.parts import PASS_TOKENS, cut_by_length, read_in_parts
+from lit_rlhf.stages.parts import read_in_parts
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 MOST = st.none() | st.integers(1, 30)
@@ -139,7 +140,7 @@ def test_all_ranks_make_the_same_number_of_parts(monkeypatch: pytest.MonkeyPatch
 def test_only_sharded_weights_need_that(monkeypatch: pytest.MonkeyPatch):
     model = tiny.tiny_llama()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert not parts.is_sharded(model)
+    assert not is_sharded(model)
     sharded = type("Sharded", (FSDPModule, type(model.lm_head)), {})
     model.lm_head.__class__ = sharded  # what fully_shard does
-    assert parts.is_sharded(model)
+    assert is_sharded(model)

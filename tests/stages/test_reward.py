@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lit_rlhf.batch import Pairs
 from lit_rlhf.models import sequence_scores
+from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.stages import Optim, RewardModeling
-from lit_rlhf.stages.parts import PASS_TOKENS
 
 
 def reward(folder: str, **knobs) -> RewardModeling:

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlhf.batch import Examples
 from lit_rlhf.models import Lora, Network
+from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.rollout import Sampling
 from lit_rlhf.stages import SFT, Optim
-from lit_rlhf.stages.parts import PASS_TOKENS
 
 
 def sft(folder: str, **knobs) -> SFT:
