@@ -147,7 +147,7 @@ def test_two_processes_know_the_batch_of_both(baseline: str, scale: str) -> None
 
 def test_equal_scores_on_two_processes_get_next_to_nothing() -> None:
     """The mean of 21 equal numbers need not be that number; an advantage of .7 would come of it."""
-    parts = [torch.full((n,), 1e4 / 3) for n in (7, 14)]
+    parts = [torch.full((n,), 1e4 / 7) for n in (7, 14)]
     for part in harness.on_two_ranks(
         lambda x, add: baseline_advantages(x, 7, baseline="batch", scale="batch", over_ranks=add), parts
     ):

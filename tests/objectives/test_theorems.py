@@ -111,7 +111,7 @@ def test_ppo_at_lambda_one_is_reinforce_with_the_critic_as_baseline() -> None:
 
 
 def test_reinforce_plus_plus_from_its_parts() -> None:
-    """Hu et al. 2025 eq. 8-10: score less the KL still to come, normalised over all tokens of the batch."""
+    """Hu et al. 2025: score less the KL still to come, normalised over all tokens of the batch."""
     scores, kl, mask = torch.randn(6, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64), harness.MASK
     advantages = rewards_to_go(token_rewards(scores, kl, mask, kl_coef=0.1), mask, gamma=1.0)
     flat = []
