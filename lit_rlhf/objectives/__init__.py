@@ -15,7 +15,13 @@ from lit_rlhf.objectives.advantages import (
 from lit_rlhf.objectives.kl import KLEstimator, adapt_kl_coef, kl_estimate
 from lit_rlhf.objectives.likelihood import entropy_from_logits, next_token_loss
 from lit_rlhf.objectives.policy import RatioLevel, clipped_policy_loss
-from lit_rlhf.objectives.preference import calibration_error, centering_loss, pairwise_loss, ranking_loss
+from lit_rlhf.objectives.preference import (
+    best_of_k_loss,
+    calibration_error,
+    centering_loss,
+    pairwise_loss,
+    ranking_loss,
+)
 from lit_rlhf.objectives.reduce import Aggregation, aggregate, group_mean, masked_mean, masked_whiten
 from lit_rlhf.objectives.value import clipped_value_loss, explained_variance
 
@@ -26,6 +32,7 @@ __all__ = [
     "Scale",
     "adapt_kl_coef",
     "aggregate",
+    "best_of_k_loss",
     "calibration_error",
     "centering_loss",
     "clipped_policy_loss",

@@ -9,15 +9,18 @@ from torch import Tensor
 from lit_rlhf.objectives.reduce import group_mean
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
     """Punish a comparison that the scores get wrong (Bradley–Terry).
 
-    ℓ = −log σ(r_chosen − r_rejected − margin).
+    ℓ = −(1 − ε)·log σ(m) − ε·log σ(−m), m = r_chosen − r_rejected − margin.
 
     Args:
         chosen: Scores of the preferred responses, [M].
         rejected: Scores of the others, [M].
         margin: By how much the preferred one should lead, [M]; None = 0.
+        label_smoothing: ε, the share of labels taken to be the wrong way round.
 
     Returns:
         [M], one loss a comparison.
@@ -27,8 +30,10 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = N
     >>> pairwise_loss(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 1.0]), margin=torch.tensor([0.0, 1.0]))
     tensor([0.6931, 0.6931])
     """
-    lead = chosen - rejected
-    return -F.logsigmoid(lead if margin is None else lead - margin)
+    lead = chosen - rejected if margin is None else chosen - rejected - margin
+    if not label_smoothing:
+        return -F.logsigmoid(lead)
+    return -(1 - label_smoothing) * F.logsigmoid(lead) - label_smoothing * F.logsigmoid(-lead)
 
 
 def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -73,6 +78,30 @@ def ranking_loss(scores: Tensor, groups: Tensor) -> Tensor:
     number = int(groups.max()) + 1 if groups.numel() else 0
     losses = group_mean(pairwise_loss(scores[better], scores[worse]), groups[better])
     return F.pad(losses, (0, number - losses.shape[0]))  # the last prompts may have a single response
+
+
+def best_of_k_loss(scores: Tensor, groups: Tensor) -> Tensor:
+    """Punish a prompt whose best response does not stand out from the rest (softmax cross-entropy).
+
+    ℓ_p = −log( e^{r_best} / Σ_i e^{r_i} ) over the K responses of prompt p.
+
+    Args:
+        scores: Scores of all responses of all prompts, [N]; within a prompt the best stands first.
+        groups: Prompt of each response, long [N], numbered from 0; K may differ from prompt to prompt.
+
+    Returns:
+        [number of prompts].
+
+    Source: Ziegler et al. 2019 (arXiv 1909.08593) eq. 1. With K = 2 it is ``pairwise_loss``.
+
+    >>> best_of_k_loss(torch.tensor([2.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1]))
+    tensor([0.3133, 0.6931])
+    """
+    number, rows = int(groups.max()) + 1 if groups.numel() else 0, torch.arange(len(groups), device=groups.device)
+    first = rows.new_full((number,), len(groups) - 1).scatter_reduce(0, groups, rows, "amin")
+    peak = scores.detach().new_full((number,), -torch.inf).scatter_reduce(0, groups, scores.detach(), "amax")
+    total = scores.new_zeros(number).index_add(0, groups, (scores - peak[groups]).exp())
+    return total.log() + peak - scores[first]
 
 
 def calibration_error(margins: Tensor, bins: int = 10) -> Tensor:

@@ -46,8 +46,8 @@ IN_THEIR_OWN_TESTS = {
         *("group_size", "advantage_scale", "updates", "kl_coef", "clip_low"),
         *("clip_high", "aggregation", "entropy_coef", "seed"),
     },
-    "SFT": {"model"},
-    "RewardModeling": {"model", "margin", "center"},
+    "SFT": {"model", "rewards"},
+    "RewardModeling": {"model", "loss", "margin", "label_smoothing", "center", "normalize"},
 }
 HERE = {
     "PPO": {"tokenizer", "sampler"},
