@@ -110,9 +110,17 @@ class Pairs:
     worse: Tensor  # [M] long, row of the other one
     groups: Tensor  # [M] long, number of the prompt within this batch, 0 … number of prompts - 1
     margin: Tensor | None = None  # [M] float, by how much the preferred one should lead
+    lengths: Tensor | None = (
+        None  # [N] long, tokens of each response without its prompt; None = the row is all response
+    )
 
     to = _to
     with_ = _with
+
+    @property
+    def best(self) -> Tensor:
+        """The responses to which no comparison prefers another one, [N] bool; of a prompt's tied best all of them."""
+        return torch.ones_like(self.mask[:, 0]).index_fill(0, self.worse, False)
 
     def __len__(self) -> int:
         """Number of prompts."""

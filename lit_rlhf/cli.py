@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue a prompt, or a file of prompts, with an exported folder",
     "export": "checkpoint → Hugging Face folder, adapters merged or kept",
     "pairs": "sample answers from a policy, label them with a reward → preference data",
+    "best-of-n": "sample answers from a policy, keep the one a reward likes best → SFT data",
     "configs": "list the configs that come with the package",
 }
 TRAINING = ("fit", "validate", "test", "predict")
@@ -55,6 +56,10 @@ def command(name: str) -> Callable[..., Any]:
         from lit_rlhf.commands.pairs import pairs
 
         return pairs
+    if name == "best-of-n":
+        from lit_rlhf.commands.best_of_n import best_of_n
+
+        return best_of_n
     from lit_rlhf.commands.configs import configs
 
     return configs

@@ -137,6 +137,62 @@ class ScoreMoments(Metric):
         return scores.mean(), (scores - scores.mean()).square().mean().sqrt()
 
 
+class Correlation(Metric):
+    """Pearson's correlation of two quantities, −1 to 1."""
+
+    is_differentiable = False
+    full_state_update = False
+    first: list[Tensor]
+    second: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("first", [], dist_reduce_fx="cat")
+        self.add_state("second", [], dist_reduce_fx="cat")
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Keep both quantities, [N] each."""
+        self.first.append(first.detach().float())
+        self.second.append(second.detach().float())
+
+    def compute(self) -> Tensor:
+        """Σ(x − x̄)(y − ȳ) / √(Σ(x − x̄)²·Σ(y − ȳ)²); NaN where one of them never changes."""
+        pairs = torch.stack([_joined(self.first, self.device), _joined(self.second, self.device)])
+        if not pairs.numel():
+            return pairs.new_full((), torch.nan)
+        x, y = pairs - pairs.mean(dim=1, keepdim=True)
+        correlation = (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
+        changes = (pairs.amax(dim=1) > pairs.amin(dim=1)).all()
+        return torch.where(changes, correlation, torch.nan)
+
+
+class ComparisonBins(Metric):
+    """Comparisons in bins: how many, how often the scores were right, and how sure they were, p = σ(|margin|).
+
+    Args:
+        bins: number of bins.
+        kwargs: torchmetrics' own settings.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, bins: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(bins, 3), dist_reduce_fx="sum")
+
+    def update(self, margins: Tensor, bins: Tensor) -> None:
+        """Add ``margins`` [M], preferred less other score, to the ``bins`` [M] (long); a tie is half right."""
+        margins = margins.detach().float()
+        kinds = torch.stack([torch.ones_like(margins), (margins.sign() + 1) / 2, margins.abs().sigmoid()], dim=1)
+        self.sums = self.sums.index_add(0, bins, kinds)
+
+    def compute(self) -> Tensor:
+        """Count, accuracy and mean confidence of each bin, [bins, 3]; the latter two NaN where it is empty."""
+        return torch.cat([self.sums[:, :1], self.sums[:, 1:] / self.sums[:, :1]], dim=1)
+
+
 def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
     # After a reduction over ranks the list is a tensor already; with no updates it is empty.
     return dim_zero_cat(parts) if len(parts) else torch.zeros(0, device=device)

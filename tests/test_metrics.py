@@ -10,9 +10,24 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_rlhf.metrics import CalibrationError, PairAccuracy, Perplexity, ScoreMoments, TokenAccuracy
+from lit_rlhf.metrics import (
+    CalibrationError,
+    ComparisonBins,
+    Correlation,
+    PairAccuracy,
+    Perplexity,
+    ScoreMoments,
+    TokenAccuracy,
+)
 
 NAN = float("nan")
+
+
+class ThreeBins(ComparisonBins):
+    """With its number of bins, as the tests below make every metric without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
 
 
 def batches() -> dict[type[Metric], list[tuple[Tensor, ...]]]:
@@ -20,6 +35,7 @@ def batches() -> dict[type[Metric], list[tuple[Tensor, ...]]]:
     generator = torch.Generator().manual_seed(0)
     margins = torch.randn(50, generator=generator) * 2 + 0.5
     margins[7] = 0.0
+    lengths = torch.randint(1, 500, (9,), generator=generator)
     mask = torch.rand(9, 6, generator=generator) < 0.6
     logprobs = (-torch.rand(9, 6, generator=generator) * 3).masked_fill(~mask, NAN)
     correct = torch.rand(9, 6, generator=generator) < 0.7
@@ -31,6 +47,8 @@ def batches() -> dict[type[Metric], list[tuple[Tensor, ...]]]:
         PairAccuracy: [(part,) for part in margins.split([1, 40, 9])],
         CalibrationError: [(part,) for part in margins.split([1, 40, 9])],
         ScoreMoments: [(part,) for part in margins.split([1, 40, 9])],
+        Correlation: cut(margins[:9], lengths),
+        ThreeBins: cut(margins[:9], torch.tensor([0, 1, 2] * 3)),
         Perplexity: cut(logprobs, mask),
         TokenAccuracy: cut(correct, mask),
     }
@@ -65,12 +83,30 @@ def moments(scores: Tensor) -> tuple[float, float]:
     return scores.double().mean().item(), scores.double().std(correction=0).item()
 
 
+def pearson(x: Tensor, y: Tensor) -> float:
+    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
+
+
+def binned(margins: Tensor, bins: Tensor) -> list[list[float]]:
+    inside = [margins[bins == i] for i in range(3)]
+    return [[len(m), accuracy(m) if len(m) else NAN, m.abs().sigmoid().mean().item()] for m in inside]
+
+
+def near(expected: Any) -> Any:
+    """Approximately equal; of a table, row by row."""
+    if isinstance(expected, list):
+        return [pytest.approx(row, rel=1e-5) for row in expected]
+    return pytest.approx(expected, rel=1e-5)
+
+
 CASES: list[tuple[type[Metric], Callable[..., Any]]] = [
     (PairAccuracy, accuracy),
     (CalibrationError, calibration),
     (Perplexity, perplexity),
     (TokenAccuracy, share),
     (ScoreMoments, moments),
+    (Correlation, pearson),
+    (ThreeBins, binned),
 ]
 
 
@@ -81,10 +117,10 @@ def test_batches_add_up_to_the_whole(metric: type[Metric], whole: Callable[..., 
     for part in parts:
         measured.update(*part)
     expected = whole(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    assert torch.as_tensor(measured.compute()).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.as_tensor(measured.compute()).tolist() == near(expected)
     measured.reset()
     measured.update(*parts[1])
-    assert torch.as_tensor(measured.compute()).tolist() == pytest.approx(whole(*parts[1]), rel=1e-5)
+    assert torch.as_tensor(measured.compute()).tolist() == near(whole(*parts[1]))
 
 
 @pytest.mark.parametrize(("metric", "whole"), CASES, ids=lambda case: case.__name__)
@@ -96,7 +132,7 @@ def test_ranks_add_up_to_the_whole(metric: type[Metric], whole: Callable[..., An
     there.update(*third)
     here.merge_state(there)
     expected = whole(*(torch.cat(column) for column in zip(first, second, third, strict=True)))
-    assert torch.as_tensor(here.compute()).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.as_tensor(here.compute()).tolist() == near(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -117,8 +153,16 @@ def test_bfloat16_and_gradients_are_taken(metric: type[Metric], dtype: torch.dty
 @pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
 def test_nothing_seen_is_not_a_number_and_no_crash() -> None:
     assert CalibrationError().compute() == 0
-    for metric in (PairAccuracy(), Perplexity(), TokenAccuracy(), ScoreMoments()):
+    for metric in (PairAccuracy(), Perplexity(), TokenAccuracy(), ScoreMoments(), Correlation()):
         assert torch.as_tensor(metric.compute()).isnan().all()
+    assert ComparisonBins(2).compute()[:, 0].tolist() == [0, 0]
+    assert ComparisonBins(2).compute()[:, 1:].isnan().all()
+
+
+def test_what_never_changes_correlates_with_nothing() -> None:
+    measured = Correlation()
+    measured.update(torch.full((7,), 0.1), torch.arange(7))
+    assert measured.compute().isnan()
 
 
 def test_the_moments_of_large_scores_are_exact() -> None:

@@ -10,6 +10,7 @@ from lit_rlhf.callbacks.predictions import Predictions
 from lit_rlhf.callbacks.progress import Progress
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.saved_config import SavedConfig
+from lit_rlhf.callbacks.tables import Tables
 from lit_rlhf.callbacks.throughput import Throughput
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Progress",
     "SampleTable",
     "SavedConfig",
+    "Tables",
     "Throughput",
 ]

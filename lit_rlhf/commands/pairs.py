@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from lit_rlhf.batch import Rollout
-from lit_rlhf.commands.generate import load_policy, read_prompts, sample, write_rows
-from lit_rlhf.models import Network, load_tokenizer
-from lit_rlhf.rewards import Reward, Rewards
+from lit_rlhf.commands.generate import write_rows
+from lit_rlhf.commands.judged import judged_answers
+from lit_rlhf.models import Network
+from lit_rlhf.rewards import Reward
 from lit_rlhf.rollout import Sampling
 
 
@@ -83,13 +84,15 @@ def pairs(
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}: a comparison needs at least 2 answers a prompt")
-    tokenizer = load_tokenizer(policy, trust_remote_code=network.trust_remote_code)
-    model = load_policy(policy, network, device)
-    judge = Rewards([reward]).to(model.device)
-    judge.bind(tokenizer)
-    batches = read_prompts(
-        prompts,
+    answers = judged_answers(
         policy,
+        prompts,
+        reward,
+        samples,
+        sampling,
+        network,
+        device,
+        seed,
         prompt_column=prompt_column,
         prompt_words=prompt_words,
         chat=chat,
@@ -101,8 +104,7 @@ def pairs(
     scores: list[float] = []
 
     def rows() -> Iterator[Any]:
-        for rollout in sample(model, tokenizer, (batch.repeat(samples) for batch in batches), sampling, seed):
-            judged = judge(rollout)[0].tolist()
+        for rollout, judged in answers:
             scores.extend(judged)
             yield from ranked(rollout, judged, samples, min_gap, count)
             print(f"\r{count['written']} rows, {count['left out']} prompts left out as ties", end="", flush=True)

@@ -21,6 +21,7 @@ from lit_rlhf.callbacks import (
     Progress,
     SampleTable,
     SavedConfig,
+    Tables,
     Throughput,
 )
 from lit_rlhf.commands.configs import resolve_configs
@@ -31,7 +32,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,  # in RL a step is a whole rollout
     "num_sanity_val_steps": 0,  # validation in RL generates text: minutes before the first step
     "inference_mode": False,  # its tensors cannot be used in sharded networks
-    "callbacks": [ConfigWins(), Predictions(), Throughput()],
+    "callbacks": [ConfigWins(), Predictions(), Tables(), Throughput()],
 }
 # Sections of their own: a second YAML's trainer.callbacks replaces the first one's, these stay.
 SECTIONS: dict[str, type[Callback]] = {

@@ -115,13 +115,14 @@ class PreferenceData(SeekableData):
     @staticmethod
     def collate(rows: list[Ranked], *, pad: int) -> Pairs:
         """Make a batch: each response one row, padded on the right, and the comparisons by row number."""
-        better, worse, groups, margins, first = [], [], [], [], 0
+        better, worse, groups, margins, lengths, first = [], [], [], [], list[int](), 0
         for group, row in enumerate(rows):
             for i, j in row.better:
                 better.append(first + i)
                 worse.append(first + j)
                 groups.append(group)
                 margins.append(row.margin)
+            lengths += row.lengths
             first += len(row.sequences)
         ids, mask = pad_right([sequence for row in rows for sequence in row.sequences], pad)
         return Pairs(
@@ -131,6 +132,7 @@ class PreferenceData(SeekableData):
             worse=torch.tensor(worse),
             groups=torch.tensor(groups),
             margin=None if margins[0] is None else torch.tensor(margins),
+            lengths=torch.tensor(lengths),
         )
 
     def _rank(self, encoded: list[tuple[list[int], list[int]]], ranks: list[float], margin: float | None) -> Ranked:
@@ -149,7 +151,7 @@ class PreferenceData(SeekableData):
                 self.truncated += 1
                 head = chat.keep_end(self.tokenizer, head, longest - len(tail))
             sequences.append(np.asarray(head + tail, dtype=np.int32))
-        return Ranked(sequences, better, margin)
+        return Ranked(sequences, [len(tail) for _, tail in encoded], better, margin)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Ranked:
     """One prompt: its responses as token ids (prompt and response), and which is better than which."""
 
     sequences: list[np.ndarray[Any, Any]]
+    lengths: list[int]  # tokens of each response alone
     better: list[tuple[int, int]]
     margin: float | None
 
@@ -166,13 +169,15 @@ def responses_of(row: dict[str, Any], ranked: bool) -> tuple[list[chat.Prompt], 
     values = row.get("responses")
     if not isinstance(values, (list, tuple)) or len(values) < 2:
         raise sources.DataError(f'column "responses": expected a list of two or more, got {str(values)[:60]!r}')
-    responses = [columns.completion_of({"responses": value}, "responses", empty=True) for value in values]
+    named = {f"responses[{i}]": value for i, value in enumerate(values)}  # an error says which of them
+    responses = [columns.completion_of(named, name, empty=True) for name in named]
     if not ranked:
         return responses, [float(i) for i in range(len(responses))]
     ranks = row.get("ranks")
     if not isinstance(ranks, (list, tuple)) or len(ranks) != len(responses):
         raise sources.DataError(f'column "ranks": expected {len(responses)} numbers, one a response, got {ranks!r}')
-    return responses, [columns.number_of({"ranks": rank}, "ranks") for rank in ranks]
+    places = {f"ranks[{i}]": rank for i, rank in enumerate(ranks)}
+    return responses, [columns.number_of(places, name) for name in places]
 
 
 def common_prompt(chosen: chat.Prompt, rejected: chat.Prompt) -> tuple[chat.Prompt, chat.Prompt, chat.Prompt]:

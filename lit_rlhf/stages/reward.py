@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lit_rlhf.batch import Pairs
-from lit_rlhf.metrics import CalibrationError, PairAccuracy, ScoreMoments
 from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar
-from lit_rlhf.objectives import centering_loss, group_mean, pairwise_loss
+from lit_rlhf.objectives import best_of_k_loss, centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
+from lit_rlhf.stages.held_out import HeldOut
 from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
 from lit_rlhf.stages.parts import read_ranked
 
@@ -23,16 +22,27 @@ class RewardModeling(LightningModule):
     """Minimise −log σ(r_better − r_worse − margin) over comparisons (Ouyang et al. 2022, eq. 1).
 
     Each prompt weighs the same however many of its responses were compared, and the mean is over all prompts of an
-    optimizer step, whatever ``accumulate_grad_batches`` and the number of processes.
+    optimizer step, whatever ``accumulate_grad_batches`` and the number of processes. A prompt's K responses are read
+    once and give up to C(K, 2) comparisons; tied responses are not compared.
 
     Args:
         model: hub id or folder: a language model (a new scalar head is put on it) or a reward model to go on from.
         tokenizer: hub id or folder of the tokenizer; ``model`` if null.
         network: how the model is loaded.
         optim: the optimizer's settings.
+        loss: what a prompt's responses are asked: every two, which is better ("pairwise"); or all at once, which is the
+            best ("best_of_k": −log softmax, Ziegler et al. 2019, eq. 1). Each of several tied best responses stands
+            against the worse ones alone, and the prompt's loss is the mean of theirs.
         margin: subtract the data's ``margin`` column from the difference of scores (Touvron et al. 2023, eq. 2).
+        label_smoothing: share of comparisons taken to be labelled the wrong way round, 0 to below ½.
         center: weight of (r_better + r_worse)², which keeps scores around 0 (Eisenstein et al. 2023, §2).
+        normalize: what a saved model tells ``RewardModel(normalize=True)`` to take off and divide by: mean and
+            deviation of the scores of all held-out responses; or the mean of each prompt's best and 1, so that
+            demonstrations, where they are the best, average 0 (Ouyang et al. 2022, §3.5).
         seed: of the new head.
+
+    Raises:
+        ValueError: a setting out of its range, or one that ``best_of_k`` has no use for.
     """
 
     score_mean: Tensor
@@ -45,39 +55,50 @@ class RewardModeling(LightningModule):
         tokenizer: str | None = None,
         network: Network = Network(),
         optim: Optim = Optim(),
+        loss: Literal["pairwise", "best_of_k"] = "pairwise",
         margin: bool = True,
+        label_smoothing: float = 0.0,
         center: float = 0.0,
+        normalize: Literal["mean_std", "demonstrations"] = "mean_std",
         seed: int = 0,
     ) -> None:
         arguments = locals().copy()
         super().__init__()
+        _check(loss, label_smoothing, normalize)
         remember(self, arguments)
         network, self.optim = revive(Network, network), revive(Optim, optim)
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.reward = load_scalar(model, network, seed=seed)
         keep_adapters_only(self, ["reward"])
-        self.margin, self.center = margin, center
+        self.loss, self.margin, self.label_smoothing = loss, margin, label_smoothing
+        self.center, self.normalize = center, normalize
         self.step_prompts = 0.0
         for name, value in (("score_mean", 0.0), ("score_std", 1.0), ("was_validated", False)):
             self.register_buffer(name, torch.tensor(value))
-        self.val_loss, self.val_accuracy, self.val_calibration = MeanMetric(), PairAccuracy(), CalibrationError()
-        self.val_scores = ScoreMoments()
+        self.held_out, self.tables = HeldOut(), dict[str, list[dict[str, Any]]]()
 
-    def compare(self, batch: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of each comparison [M], and the scores of its two responses [M]; each response is read once."""
+    def compare(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+        """Loss of each prompt, and the score [N] of each response, which is read once."""
         scores = read_ranked(self.reward, batch)
         better, worse = scores[batch.better], scores[batch.worse]
-        losses = pairwise_loss(better, worse, margin=batch.margin if self.margin else None)
-        return losses + self.center * centering_loss(better, worse), better, worse
+        margin = batch.margin if self.margin else None
+        if self.loss == "best_of_k":
+            if margin is not None:
+                raise ValueError("loss=best_of_k has no use for the data's margin column: set margin to false")
+            losses = best_against_worse(scores, batch)
+        else:
+            each = pairwise_loss(better, worse, margin=margin, label_smoothing=self.label_smoothing)
+            losses = group_mean(each, batch.groups)
+        return losses + self.center * group_mean(centering_loss(better, worse), batch.groups), scores
 
     def on_fit_start(self) -> None:
         """Refuse the Trainer settings that would quietly train something else."""
         refuse_half_precision_weights(self.trainer)
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
-        """Sum over prompts of the mean loss of their comparisons; the gradient is divided by the step's prompts."""
-        losses, better, worse = self.compare(batch)
-        total = group_mean(losses, batch.groups).sum()
+        """Sum of the prompts' losses; the step's gradient is divided by its prompts before clipping."""
+        losses, scores = self.compare(batch)
+        total, better, worse = losses.sum(), scores[batch.better], scores[batch.worse]
         self.step_prompts += len(batch)
         self.log_dict(
             {
@@ -100,45 +121,33 @@ class RewardModeling(LightningModule):
     configure_gradient_clipping = clip_and_log
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
-        """Held-out loss, accuracy and calibration; keep the scores for their mean and spread."""
-        losses, better, worse = self.compare(batch)
-        self.val_loss.update(losses)
-        self.val_accuracy.update(better - worse)
-        self.val_calibration.update(better - worse)
-        self.val_scores.update(torch.cat([better, worse]))
+        """Held-out loss, accuracy and calibration; what the scores have to do with length; their mean and spread."""
+        self.held_out.update(batch, *self.compare(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the held-out metrics; note mean and spread of the scores, which are saved with the model."""
-        mean, std = self.val_scores.compute()
-        self.score_mean.copy_(mean)
-        self.score_std.copy_(std)
+        """Log the held-out metrics, keep the tables, and note what is saved with the model about its scores."""
+        metrics, self.tables = self.held_out.compute()
+        shifted = self.normalize == "demonstrations"
+        self.score_mean.copy_(metrics["best_mean" if shifted else "score_mean"])
+        self.score_std.copy_(torch.ones_like(self.score_std) if shifted else metrics["score_std"])
         self.was_validated.fill_(True)
         to = "test" if self.trainer.testing else "val"
-        self.log_dict(
-            {
-                f"{to}/loss": self.val_loss.compute(),
-                f"{to}/accuracy": self.val_accuracy.compute(),
-                f"{to}/calibration_error": self.val_calibration.compute(),
-                f"{to}/score_mean": self.score_mean,
-                f"{to}/score_std": self.score_std,
-            }
-        )
-        for metric in (self.val_loss, self.val_accuracy, self.val_calibration, self.val_scores):
-            metric.reset()
+        self.log_dict({f"{to}/{name}": value for name, value in metrics.items()})
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def predict_step(self, batch: Pairs, batch_idx: int) -> list[dict[str, float]]:
         """Score each comparison's two responses."""
-        _, better, worse = self.compare(batch)
-        return [{"better": b, "worse": w} for b, w in zip(better.tolist(), worse.tolist(), strict=True)]
+        _, scores = self.compare(batch)
+        better, worse = scores[batch.better].tolist(), scores[batch.worse].tolist()
+        return [{"better": b, "worse": w} for b, w in zip(better, worse, strict=True)]
 
     def configure_optimizers(self) -> Any:
         """One AdamW over the reward model."""
         return configure(self, {"reward": (self.reward.parameters(), self.optim.lr)}, self.optim)
 
     def export(self, folder: str, merge: bool = True) -> None:
-        """Write a sequence-classification folder, with the held-out scores' mean and std where there was a validation.
+        """Write a sequence-classification folder; after a validation it says what ``normalize`` is about.
 
         Args:
             folder: where to.
@@ -151,3 +160,29 @@ class RewardModeling(LightningModule):
             raise ValueError("a reward model is exported whole, with its adapters merged: leave merge at true")
         mean, std = (float(self.score_mean), float(self.score_std)) if self.was_validated else (None, None)
         save_scalar(self.reward, self.tokenizer, folder, mean=mean, std=std)
+
+
+def best_against_worse(scores: Tensor, batch: Pairs) -> Tensor:
+    """Give each prompt's best-of-K loss; of several tied best responses the mean of theirs.
+
+    Args:
+        scores: [N].
+        batch: the comparisons; they say which responses a best one stands against.
+    """
+    of_best = batch.best[batch.better]
+    best, of_row = batch.better[of_best].unique(return_inverse=True)
+    worse, prompts = batch.worse[of_best], batch.groups[of_best]
+    contests = torch.cat([torch.arange(len(best), device=best.device), of_row])
+    losses = best_of_k_loss(scores[torch.cat([best, worse])], contests)
+    return group_mean(losses, prompts.new_zeros(len(best)).scatter(0, of_row, prompts))
+
+
+def _check(loss: str, label_smoothing: float, normalize: str) -> None:
+    if loss not in ("pairwise", "best_of_k"):
+        raise ValueError(f"loss is {loss!r}, expected 'pairwise' or 'best_of_k'")
+    if normalize not in ("mean_std", "demonstrations"):
+        raise ValueError(f"normalize is {normalize!r}, expected 'mean_std' or 'demonstrations'")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more and less than 0.5")
+    if label_smoothing and loss == "best_of_k":
+        raise ValueError("label_smoothing is about pairs: loss=best_of_k has no use for it")

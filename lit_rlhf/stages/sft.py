@@ -11,12 +11,21 @@ from torch import Tensor
 
 from lit_rlhf.batch import Examples, Prompts
 from lit_rlhf.metrics import Perplexity, TokenAccuracy
-from lit_rlhf.models import Network, keep_adapters_only, load_causal, load_tokenizer, next_token_logprobs, save_folder
+from lit_rlhf.models import (
+    Network,
+    forget_in_checkpoints,
+    keep_adapters_only,
+    load_causal,
+    load_tokenizer,
+    next_token_logprobs,
+    save_folder,
+)
 from lit_rlhf.objectives import next_token_loss
+from lit_rlhf.rewards import Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.guards import refuse_half_precision_weights
-from lit_rlhf.stages.measure import answer
+from lit_rlhf.stages.measure import SHOWN, answer
 from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
 from lit_rlhf.stages.seeds import seed_for
@@ -35,6 +44,8 @@ class SFT(LightningModule):
         optim: the optimizer's settings.
         sampling: how the samples shown at validation are drawn.
         sample_prompts: held-out examples whose beginning is continued at validation; 0 = none.
+        rewards: what judges these continuations: ``val/score`` is the mean over the sampled ones, to choose a
+            checkpoint by (Ouyang et al. 2022, §3.5). Rewards that read a column of the data cannot: there is none.
         seed: of those samples.
     """
 
@@ -48,6 +59,7 @@ class SFT(LightningModule):
         optim: Optim = Optim(),
         sampling: Sampling = Sampling(max_new_tokens=64),
         sample_prompts: int = 4,
+        rewards: list[Reward] | None = None,
         seed: int = 0,
     ) -> None:
         arguments = locals().copy()
@@ -56,10 +68,15 @@ class SFT(LightningModule):
         network, self.sampling, self.optim = revive(Network, network), revive(Sampling, sampling), revive(Optim, optim)
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
+        self.rewards = Rewards(rewards) if rewards else None
+        if self.rewards is not None:
+            self.rewards.bind(self.tokenizer)
+            forget_in_checkpoints(self, ["rewards"])
         keep_adapters_only(self, ["policy"])
         self.sampler = DecodeSampler()
         self.sample_prompts, self.seed = sample_prompts, seed
         self.samples: list[dict[str, Any]] = []
+        self.sampled_prompts = 0  # of this validation
         self.step_tokens: int | Tensor = 0
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
         self.val_perplexity, self.val_accuracy = Perplexity(), TokenAccuracy()
@@ -98,15 +115,15 @@ class SFT(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""
-        self.samples = []
+        self.samples, self.sampled_prompts = [], 0
 
     def validation_step(self, batch: Examples, batch_idx: int) -> None:
         """Held-out loss, perplexity and accuracy over all tokens; a few sampled continuations."""
         logprobs, correct, mask = self.read(batch)
         self.val_perplexity.update(logprobs, mask)
         self.val_accuracy.update(correct, mask)
-        if batch_idx == 0 and self.sample_prompts:
-            self.show_samples(batch)
+        if self.sampled_prompts < self.sample_prompts:
+            self.show_samples(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the token-weighted means of the whole held-out set."""
@@ -118,27 +135,35 @@ class SFT(LightningModule):
         self.val_perplexity.reset()
         self.val_accuracy.reset()
 
-    def show_samples(self, batch: Examples) -> None:
+    def show_samples(self, batch: Examples, batch_idx: int) -> None:
         """Continue the beginnings of a few examples (the part before the first learned token, at least 8 tokens)."""
         beginnings = []
         for ids, mask, learned in zip(batch.ids, batch.mask, batch.loss_mask, strict=True):
             length, first = int(mask.sum()), int(learned.int().argmax())
             beginnings.append(ids[: first if first > 1 else min(8, length - 1)])
-            if len(beginnings) == self.sample_prompts:
+            if len(beginnings) == self.sample_prompts - self.sampled_prompts:
                 break
+        self.sampled_prompts += len(beginnings)
         width = max(len(ids) for ids in beginnings)
         ids = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0)) for ids in beginnings])
         lengths = torch.tensor([len(ids) for ids in beginnings], device=ids.device)
         mask = torch.arange(width, device=ids.device) >= (width - lengths).unsqueeze(1)
         texts = tuple(self.tokenizer.batch_decode(beginnings, skip_special_tokens=True))
-        seed = seed_for(self.seed, "validation", self.global_rank)
+        seed = seed_for(self.seed, "validation", batch_idx, self.global_rank)
         prompts = Prompts(ids, mask, texts)
         for mode, temperature in (("greedy", 0.0), ("sampled", self.sampling.temperature)):
             sampling = dataclasses.replace(self.sampling, temperature=temperature)
             rollout = self.sampler(self.policy, self.tokenizer, prompts, sampling, seed=seed)
+            scores: list[float | None] = [None] * len(texts)
+            if self.rewards is not None:
+                judged, _ = self.rewards(rollout)
+                scores = judged.tolist()
+                if mode == "sampled":
+                    to = "test" if self.trainer.testing else "val"
+                    self.log(f"{to}/score", judged.mean(), on_epoch=True, batch_size=len(texts), sync_dist=True)
             self.samples += [
-                {"step": self.global_step, "mode": mode, "prompt": prompt, "completion": text, "score": None}
-                for prompt, text in zip(texts, rollout.completions, strict=True)
+                {"step": self.global_step, "mode": mode, "prompt": prompt, "completion": text, "score": score}
+                for prompt, text, score in zip(texts[:SHOWN], rollout.completions, scores, strict=False)
             ]
 
     test_step, on_test_epoch_start, on_test_epoch_end = (

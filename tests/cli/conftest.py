@@ -31,6 +31,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "sft.jsonl", [{"prompt": f"Q{i}:", "completion": f" answer {i}"} for i in range(24)])
     texts = [(f"Q{i}:", f" good {i}", f" bad {i}") for i in range(24)]
     write_rows(folder / "pref.jsonl", [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in texts])
+    ranked = [{"prompt": f"Q{i}:", "responses": [" best", " good", " fair", " bad"][: 2 + i % 3]} for i in range(24)]
+    write_rows(folder / "ranked.jsonl", ranked)
     write_rows(folder / "math.jsonl", [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(24)])
     return folder
 
@@ -72,6 +74,12 @@ def sft_run(cli: Runner) -> Path:
 def reward_run(cli: Runner, sft_run: Path) -> Path:
     cli.fit("reward.yaml", "pref.jsonl")
     return cli.folder / "runs" / "reward"
+
+
+@pytest.fixture(scope="session")
+def ranking_run(cli: Runner, sft_run: Path) -> Path:
+    cli.fit("ranking.yaml", "ranked.jsonl")
+    return cli.folder / "runs" / "ranking"
 
 
 @pytest.fixture(scope="session")

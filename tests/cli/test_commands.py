@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
 import re
@@ -111,6 +112,57 @@ def test_pairs_that_all_tie_are_an_error(cli, sft_run: Path, refused, monkeypatc
     assert "all tie" in lines[-1]
 
 
+@pytest.fixture
+def letters(cli, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A judge that counts letters below n, and none of a module that another test imported."""
+    (cli.folder / "some_judge.py").write_text(
+        "def letters(prompts, completions):\n    return [float(sum(c < 'n' for c in text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(cli.folder))
+    return "some_judge.letters"
+
+
+def test_best_of_n_keeps_what_the_reward_likes_best_and_feeds_sft(
+    cli, sft_run: Path, letters: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--policy", "runs/sft/model", "--prompts", "sft.jsonl", "--reward", letters, "--limit", "8", *SHORT)
+    args = ("best-of-n", *args, "--samples", "4")
+    capsys.readouterr()
+    cli(*args, "--output", "out/all.jsonl", "--keep", "3")
+    assert "KL of the best 3 of 4 from the policy: at most 0.288 nats" in capsys.readouterr().out
+    cli(*args, "--output", "out/best.jsonl")
+    said = capsys.readouterr().out
+    rows, wide = read(cli.folder / "out" / "best.jsonl"), read(cli.folder / "out" / "all.jsonl")
+    assert [row["prompt"] for row in rows] == [f"Q{i}:" for i in range(8)]
+    assert rows == wide[::3], "the best three begin with the best"
+    for row in wide:
+        assert by_count([], [row["completion"]]) == [row["score"]]
+        assert row["samples"] == 4
+    for i in range(0, 24, 3):
+        top = [row["score"] for row in wide[i : i + 3]]
+        worst = 4 * wide[i]["mean_score"] - sum(top)  # the one that was not kept
+        assert sorted([*top, worst], reverse=True) == pytest.approx([*top, worst])
+    first = re.search(r"first answer (\S+), best of 4 (\S+)", said)
+    assert first is not None
+    assert float(first[1]) <= float(first[2]) == pytest.approx(sum(row["score"] for row in rows) / 8, rel=1e-3)
+    assert "at most 0.636 nats a response" in said  # log 4 − 3 / 4
+    cut_off = sum(not row["ended"] for row in rows)
+    assert f"{cut_off} of the answers kept were cut off" in said
+    where = ("--model.model", "base", "--trainer.default_root_dir", "runs/rejection")
+    cli.fit("sft.yaml", "out/best.jsonl", *where, "--export.folder", "out/rejection", "--model.sample_prompts", "0")
+
+
+def test_best_of_n_refuses_what_is_no_choice(cli, sft_run: Path, letters: str, refused) -> None:
+    args = ("best-of-n", "--policy", "runs/sft/model", "--prompts", "sft.jsonl", "--reward", letters, *SHORT)
+    args = (*args, "--limit", "2", "--output", "out/none.jsonl")
+    assert "samples is 1" in refused(*args, "--samples", "1")[-1]
+    assert (
+        "keep is 4: expected 1 or more and fewer than samples=4" in refused(*args, "--samples", "4", "--keep", "4")[0]
+    )
+    lines = refused(*args, "--samples", "2", "--only_ended", "true", "--sampling.max_new_tokens", "1")
+    assert "no answer can be kept: those to all 2 prompts are blank or cut off" in lines[-1]
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
 def test_export_merges_adapters_or_keeps_them(cli, ppo_run: Path) -> None:
     checkpoint = "runs/ppo/version_0/checkpoints/last.ckpt"
@@ -158,7 +210,7 @@ def test_a_file_here_goes_before_the_shipped_one(cli, capsys: pytest.CaptureFixt
     assert "model: mine" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["generate", "pairs", "export"])
+@pytest.mark.parametrize("name", ["generate", "pairs", "best-of-n", "export"])
 def test_every_option_of_a_command_is_explained(cli, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli(name, "--help")
@@ -207,3 +259,22 @@ def test_the_door_of_a_checkout(cli, sft_run: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "val/perplexity" in result.stdout
+
+
+def test_the_sft_checkpoint_with_the_best_score_is_kept(cli, reward_run: Path) -> None:
+    """The overlay of docs/algorithms-reward.md as it stands there, with three validations."""
+    text = (ROOT / "docs" / "algorithms-reward.md").read_text(encoding="utf-8")
+    (overlay,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (cli.folder / "by_score.yaml").write_text(overlay, encoding="utf-8")
+    more = ("--model.sampling.max_new_tokens", "4", "--model.optim.lr", "1e-2", "--trainer.max_steps", "3")
+    where = ("--trainer.default_root_dir", "runs/by_score", "--export.folder", "out/by_score")
+    cli.fit(
+        *("sft.yaml", "sft.jsonl", "--model.model", "base", "--config", "by_score.yaml", *more, *where),
+        *("--trainer.val_check_interval", "1", "--checkpoint.save_last", "false"),
+    )
+    folder = cli.folder / "runs" / "by_score" / "version_0"
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        scores = [float(row["val/score"]) for row in csv.DictReader(file) if row["val/score"]]
+    assert len(set(scores)) == 3
+    best = 1 + max(range(3), key=lambda i: scores[i])
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"best-step={best}.ckpt"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_rlhf.commands.configs import config_folder
 from lit_rlhf.models import Network, load_causal
 
-STAGES = ["sft", "reward", "ppo", "grpo"]
+STAGES = ["sft", "reward", "ranking", "ppo", "grpo"]
 OVERLAYS = ["tiny", "lora", "wandb", "profile"]
 
 
@@ -35,7 +35,7 @@ def test_every_shipped_config_is_run_here() -> None:
 def test_two_steps_are_logged_and_validated(run: Path) -> None:
     rows = steps(run)
     assert {int(row["step"]) for row in rows} == {0, 1}
-    key = {"sft": "val/loss", "reward": "val/accuracy"}.get(run.name, "val/score_greedy")
+    key = {"sft": "val/loss", "reward": "val/accuracy", "ranking": "val/accuracy"}.get(run.name, "val/score_greedy")
     assert any(row[key] for row in rows)
 
 
@@ -92,11 +92,26 @@ def test_exported_adapters_are_merged(ppo_run: Path, sft_run: Path) -> None:
     assert not any("embed_tokens" in key or key.startswith(("reference", "rewards")) for key in saved)
 
 
-def test_exported_reward_model_is_a_standard_folder(reward_run: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(reward_run / "model")
+@pytest.mark.parametrize("name", ["reward", "ranking"])
+def test_exported_reward_model_is_a_standard_folder(name: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(f"{name}_run")
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     assert model.config.num_labels == 1
     assert isinstance(model.config.reward_mean, float)
-    assert AutoTokenizer.from_pretrained(reward_run / "model").eos_token == "</s>"
+    assert (model.config.reward_std == 1.0) == (name == "ranking")  # a bias only
+    assert AutoTokenizer.from_pretrained(run / "model").eos_token == "</s>"
+
+
+@pytest.mark.parametrize("name", ["reward", "ranking"])
+def test_a_reward_model_leaves_its_tables_to_open(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(f"{name}_run") / "version_0"
+    counts = []
+    for table in ("calibration", "length_bias"):
+        with (folder / f"{table}.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert {row["step"] for row in rows} == {"2"}
+        counts.append(sum(int(row["count"]) for row in rows))
+    assert counts[0] == counts[1] > 0  # every comparison of the one held-out batch is in one bin of each
 
 
 def test_the_profile_overlay_says_where_the_time_goes_and_replaces_no_model(cli, sft_run: Path) -> None:

@@ -89,7 +89,8 @@ def test_forgotten_arguments(refused) -> None:
     assert set(refused("fit")[0].removeprefix("error: not given: ").split(", ")) == {"model", "data"}
     assert "not given: data.train" in refused("fit", "--model", "SFT", "--model.model", "m", "--data", "SFTData")[0]
     assert "either --prompt TEXT or --prompts FILE" in refused("generate", "--model", "base")[0]
-    assert "not given: reward, output" in refused("pairs", "--policy", "base", "--prompts", "x")[0]
+    for name in ("pairs", "best-of-n"):
+        assert "not given: reward, output" in refused(name, "--policy", "base", "--prompts", "x")[0]
 
 
 def test_unknown_command_and_option(refused) -> None:

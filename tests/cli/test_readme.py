@@ -50,14 +50,15 @@ def test_the_fit_on_ones_own_files_runs(cli) -> None:
     assert (cli.folder / "readme" / "version_0" / "metrics.csv").is_file()
 
 
-@pytest.mark.parametrize("name", ["generate", "pairs", "export"])
+@pytest.mark.parametrize("name", ["generate", "pairs", "best-of-n", "export"])
 def test_the_other_commands_run(name: str, cli, sft_run: Path) -> None:
     (line,) = [line for line in COMMANDS if line.split()[1] == name]
     for written, filled in FILLED.items():
         line = line.replace(written, filled)
-    more = {"generate": ["--sampling.max_new_tokens", "6"], "pairs": ["--sampling.max_new_tokens", "24"], "export": []}
-    cli(*shlex.split(line)[1:], *more[name])
-    left = {"pairs": "pairs.jsonl", "export": "exported/model.safetensors"}
+    length = {"generate": 6, "pairs": 24, "best-of-n": 6}
+    more = ["--sampling.max_new_tokens", str(length[name])] if name in length else []
+    cli(*shlex.split(line)[1:], *more)
+    left = {"pairs": "pairs.jsonl", "best-of-n": "best.jsonl", "export": "exported/model.safetensors"}
     assert name not in left or (cli.folder / left[name]).is_file()
 
 

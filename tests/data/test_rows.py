@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tiny
 import torch
 
 from lit_rlhf.data import DataError, PreferenceData, PromptData, SFTData
+from lit_rlhf.data.sources import load_rows
 
 HI = [{"role": "user", "content": "hi"}]
 TALK = [*HI, {"role": "assistant", "content": "yo"}]
@@ -253,6 +256,34 @@ def test_ranked_responses_are_compared_best_first_without_ties(make):
         assert batch.ids[better][1] < batch.ids[worse][1]  # letters in order, so best first
 
 
+def test_rankings_of_several_sizes_share_a_batch_and_each_response_stands_once(make):
+    """K 4, 2 and 3 (with a tie); every response's length is told without its prompt."""
+    rows = [
+        {"prompt": "pppp", "responses": ["a", "bb", "ccc", "dddd"], "ranks": [0, 1, 2, 3]},
+        {"prompt": "p", "responses": ["e", "f"], "ranks": [7, 2]},
+        {"prompt": "p", "responses": ["g", "h", "i"], "ranks": [1, 1, 0.5]},
+    ]
+    data = make(PreferenceData, rows, batch_size=3)
+    batch = PreferenceData.collate(data.encode(load_rows(data.hparams.train)), pad=0)
+    assert len(batch) == 3
+    written = texts(data, batch.ids, batch.mask)
+    assert written == [f"{row['prompt']}{r}</s>" for row in rows for r in row["responses"]]
+    assert batch.lengths.tolist() == [len(r) + 1 for row in rows for r in row["responses"]]
+    better = [(written[b][-5], written[w][-5]) for b, w in zip(batch.better, batch.worse, strict=True)]
+    assert better == [*itertools.combinations("abcd", 2), ("f", "e"), ("i", "g"), ("i", "h")]
+    assert batch.groups.tolist() == [0] * 6 + [1] + [2] * 2
+    assert [written[i][-5] for i in batch.best.nonzero()] == ["a", "f", "i"]
+
+
+def test_a_row_of_ties_only_is_dropped_and_counted(make):
+    rows = [{"prompt": "p", "responses": ["a", "b", "c"], "ranks": ranks} for ranks in ([1, 1, 1], [0, 1, 2])]
+    data = make(PreferenceData, rows, max_dropped=0.5, batch_size=1)
+    assert data.dropped == {"with nothing to compare (responses equal or tied)": 1}
+    assert batch_of(data).better.tolist() == [0, 0, 1]
+    with pytest.raises(DataError, match=r"1 of 2 rows would be dropped \(1 with nothing to compare"):
+        make(PreferenceData, rows)
+
+
 def test_pairs_that_say_nothing_are_dropped_and_counted(make):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "a"}, {"prompt": "p", "chosen": "a", "rejected": ""}]
     data = make(PreferenceData, rows, max_dropped=0.5, batch_size=1)
@@ -316,9 +347,16 @@ def test_a_wrong_row_is_named_with_file_line_and_column(make, kind, good, bad, e
     ("row", "error"),
     [
         ({"prompt": "p", "responses": ["a"]}, 'column "responses": expected a list of two or more'),
-        ({"prompt": "p", "responses": ["a", 2]}, 'column "responses": expected text or a list'),
+        ({"prompt": "p", "responses": "a b"}, 'column "responses": expected a list of two or more'),
+        ({"prompt": "p", "responses": None}, 'column "responses": expected a list of two or more'),
+        ({"prompt": "p", "responses": ["a", 2]}, r'column "responses\[1\]": expected text or a list'),
+        ({"prompt": "p", "responses": [None, "a"]}, r'column "responses\[0\]": expected text .* got nothing'),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, 'column "ranks": expected 2 numbers'),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, None]}, 'column "ranks": expected a finite number'),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": None}, 'column "ranks": expected 2 numbers'),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, None]},
+            r'column "ranks\[1\]": expected a finite number',
+        ),
         ({"prompt": "p", "responses": ["a", "b"], "margin": 1}, '"margin" belongs to chosen and rejected'),
     ],
 )

@@ -90,6 +90,32 @@ def test_a_prompt_with_one_response_has_nothing_to_compare() -> None:
     assert ranking_loss(scores[:0], torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
+@harness.FEW
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
+def test_best_of_k_loss_is_cross_entropy_with_the_first_as_its_class(sizes: list[int], data: st.DataObject) -> None:
+    """Rows of prompts interleaved; K may be 1, which is no question."""
+    scores = [data.draw(harness.numbers(size)) for size in sizes]
+    expected = [math.log(sum(math.exp(s) for s in prompt)) - prompt[0] for prompt in scores]
+    rows = sorted((k, p, s) for p, prompt in enumerate(scores) for k, s in enumerate(prompt))
+    close(best_of_k_loss(tensor([s for *_, s in rows]), torch.tensor([p for _, p, _ in rows])), expected)
+
+
+def test_best_of_two_is_a_pair_large_scores_are_finite_and_the_gradient_is_softmax_less_one() -> None:
+    scores = tensor([1.0, -2.0, 900.0, 1000.0]).requires_grad_()
+    losses = best_of_k_loss(scores, torch.tensor([0, 0, 1, 1]))
+    close(losses.detach(), pairwise_loss(scores[::2], scores[1::2]).detach())
+    (gradient,) = torch.autograd.grad(losses.sum(), scores)
+    wrong = 1 / (1 + math.exp(3.0))
+    close(gradient, [-wrong, wrong, -1.0, 1.0])
+
+
+def test_smoothed_labels_ask_for_a_finite_lead() -> None:
+    """At the lead whose odds are those of the label, log((1 − ε) / ε), the gradient is 0."""
+    lead = tensor([math.log(0.9 / 0.1)]).requires_grad_()
+    (gradient,) = torch.autograd.grad(pairwise_loss(lead, tensor([0.0]), label_smoothing=0.1).sum(), lead)
+    close(gradient, [0.0])
+
+
 @pytest.mark.parametrize("bins", [1, 4, 10])
 @harness.FEW
 @given(margins=st.lists(st.floats(-6, 6), min_size=1, max_size=12))

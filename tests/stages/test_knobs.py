@@ -28,8 +28,8 @@ IN_THEIR_OWN_TESTS = {
         *("group_size", "groups", "advantages", "truncated", "updates", "kl", "clip", "correction", "aggregation"),
         *("entropy", "refresh_reference", "ema", "seed"),
     },
-    "SFT": {"model"},
-    "RewardModeling": {"model", "margin", "center"},
+    "SFT": {"model", "rewards"},
+    "RewardModeling": {"model", "loss", "margin", "label_smoothing", "center", "normalize"},
 }
 HERE = {
     "PPO": {"tokenizer", "sampler"},

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.batch import Examples
-from lit_rlhf.models import Lora, Network
+from lit_rlhf.models import Lora, Network, load_scalar, save_scalar
 from lit_rlhf.models.lengths import PASS_TOKENS
+from lit_rlhf.rewards import RewardModel
 from lit_rlhf.rollout import Sampling
 from lit_rlhf.stages import SFT, Optim
 
@@ -89,7 +90,9 @@ def test_validation_is_token_weighted_and_shows_samples(model_folder):
     )
     assert metrics[0]["val/loss"] == pytest.approx(float(naive_loss(model_folder, held_out)), rel=1e-5)
     assert metrics[0]["val/perplexity"] == pytest.approx(math.exp(metrics[0]["val/loss"]), rel=1e-5)
-    assert [sample["mode"] for sample in stage.samples] == ["greedy", "sampled"]  # the first batch has one row
+    assert [sample["mode"] for sample in stage.samples] == ["greedy", "sampled"] * 2  # the first batch has one row
+    assert {sample["score"] for sample in stage.samples} == {None}
+    assert "val/score" not in metrics[0]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -142,3 +145,26 @@ def test_reading_in_parts_changes_nothing_but_the_padding(model_folder, monkeypa
     assert row == pytest.approx(whole_row, rel=1e-5)
     assert held_out == pytest.approx(whole_held_out, rel=1e-3)  # of weights that differ in the last bits
     assert (row["tokens"], row["token_accuracy"]) == (whole_row["tokens"], whole_row["token_accuracy"])
+
+
+def test_continuations_are_judged_over_as_many_prompts_as_asked_for(model_folder, tmp_path):
+    """Three prompts in two batches: ``val/score`` is the mean over all three, the same at every validation."""
+    held_out, judge = arena.examples(6, seed=3), arena.low_ids
+    batches = [rows(held_out, slice(0, 1)), rows(held_out, slice(1, 6))]
+    stage = sft(model_folder, sample_prompts=3, rewards=[judge])
+    metrics = [arena.trainer().validate(stage, arena.loader(batches), verbose=False)[0] for _ in range(2)]
+    scores = [sample["score"] for sample in stage.samples if sample["mode"] == "sampled"]
+    assert len(scores) == 3
+    assert metrics[0]["val/score"] == metrics[1]["val/score"] == pytest.approx(sum(scores) / 3, rel=1e-6)
+    assert {"val/loss", "val/perplexity"} < set(metrics[0])
+
+
+def test_a_reward_model_judges_and_is_in_no_checkpoint(model_folder, tmp_path):
+    save_scalar(load_scalar(model_folder), tiny.tiny_tokenizer(), tmp_path / "reward")
+    stage = sft(model_folder, rewards=[RewardModel(str(tmp_path / "reward"))])
+    run = arena.fit(stage, [arena.examples(4)], [arena.examples(4)])
+    assert math.isfinite(run.callback_metrics["val/score"])
+    run.save_checkpoint(tmp_path / "sft.ckpt")
+    kept = torch.load(tmp_path / "sft.ckpt", weights_only=True)["state_dict"]
+    assert {key.split(".")[0] for key in kept} == {"policy", "tokens"}
+    assert SFT.load_from_checkpoint(tmp_path / "sft.ckpt").rewards is None
