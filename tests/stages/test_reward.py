@@ -155,7 +155,7 @@ def scored(stage: RewardModeling, batch: Pairs, scores: list[float]) -> torch.Te
     """The stage's loss of each prompt if its network gave these scores."""
     stage.reward = torch.nn.Identity()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_rlhf.stages.reward.read_in_parts", lambda *_: torch.tensor(scores))
+        patch.setattr("lit_rlhf.stages.reward.read_ranked", lambda *_: torch.tensor(scores))
         return stage.compare(batch)[0]
 
 
