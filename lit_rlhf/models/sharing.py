@@ -44,7 +44,7 @@ def can_share(model: Any) -> bool:
 
 def _is_known(model: Any) -> bool:
     """Whether the model is built as `read_shared` needs it."""
-    if not hasattr(model, "config") or not _INPUTS <= accepted(model.__class__) or sliding_layers(model) is None:
+    if not hasattr(model, "config") or not accepted(model.__class__) >= _INPUTS or sliding_layers(model) is None:
         return False
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
