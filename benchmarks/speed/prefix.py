@@ -119,18 +119,14 @@ def compare(update: Callable[[bool], None], repeats: int) -> tuple[float, float]
     return statistics.median(spent[False]), statistics.median(spent[True])
 
 
-def tokens(lengths: str, group: int, prompt: int, response: int) -> float:
-    """Tokens of a pass that are left, as a share: a group's, prompt once and responses without padding."""
-    mean = response if lengths == "full" else (response + response // 8) / 2
-    return (prompt + group * mean) / (group * (prompt + response))
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1m", "15m"], choices=list(SHAPES))
     parser.add_argument("--prompts", nargs="+", type=int, default=[32, 256], help="tokens of GRPO's prompts")
-    parser.add_argument("--rows", type=int, help="prompts, or pairs, a batch; default: by the model's size")
+    parser.add_argument(
+        "--rows", type=int, help="prompts a rollout, and a quarter of the pairs; default: by the model's size"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
@@ -138,7 +134,7 @@ def main() -> None:
     print("| work | model | lengths | prompt + response | every row whole, s | prompts once, s | faster |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for shape in asked.shapes:
-        few = asked.rows or {"15m": 8}.get(shape, 32)
+        few = asked.rows or {"15m": 2}.get(shape, 8)
         works = [("grpo", grpo, few, prompt) for prompt in asked.prompts] + [("reward", reward, 4 * few, 64)]
         for name, work, rows, prompt in works:
             for lengths in ("full", "ragged"):

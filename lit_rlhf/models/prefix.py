@@ -50,20 +50,24 @@ class Shared:
     @cached_property
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         """Numbers of the beginnings, and of the rows, that are read in one pass each."""
-        return _in_parts(self.prefix, self.overhead), _in_parts(self.rest, self.overhead)
+        return in_parts(self.prefix, self.overhead), in_parts(self.rest, self.overhead)
 
     @property
     def cost(self) -> int:
         """What reading costs, in tokens."""
-        return _cost(self.prefix, self.which, self.rest, self.parts, self.overhead)
+        return reading_cost(self.prefix, self.which, self.rest, self.parts, self.overhead)
 
 
-def _in_parts(lengths: Tensor, overhead: int) -> list[Tensor]:
+def in_parts(lengths: Tensor, overhead: int) -> list[Tensor]:
+    """Cut by length what is longer than nothing."""
     read = lengths.nonzero().squeeze(1)
     return [read[part] for part in cut_by_length(lengths[read], overhead=overhead)]
 
 
-def _cost(prefix: Tensor, which: Tensor, rest: Tensor, parts: tuple[list[Tensor], list[Tensor]], overhead: int) -> int:
+def reading_cost(
+    prefix: Tensor, which: Tensor, rest: Tensor, parts: tuple[list[Tensor], list[Tensor]], overhead: int
+) -> int:
+    """What it costs, in tokens, to read beginnings and rows in these parts."""
     beginnings, rows = parts
     read = padded_tokens(beginnings, prefix) + padded_tokens(rows, rest)
     return read + overhead * (len(beginnings) + len(rows)) + int(FAN_OUT * int(prefix[which].sum()))
@@ -128,70 +132,6 @@ def shared_beginnings(ids: Tensor, mask: Tensor, groups: Tensor) -> Shared:
     prefix = torch.full_like(first, tokens.shape[1]).scatter_reduce(0, groups, alike, "amin")
     prefix[torch.bincount(groups) == 1] = 0
     return Shared(moved, groups, first, prefix, lengths - prefix[groups])
-
-
-def cut_groups(
-    which: Tensor, prefix: Tensor, rest: Tensor, *, most_tokens: int | None, overhead: int, count: int | None = None
-) -> tuple[list[Tensor], int]:
-    """Cut rows into batches that hold the rows of a group together, about equally large, as few as the bound allows.
-
-    Args:
-        which: [B] long, number of each row's group.
-        prefix: [B] long, tokens that the rows of its group share.
-        rest: [B] long, tokens of its own.
-        most_tokens: that a batch may read, padding included, each beginning once; a group of more is divided, a longer
-            row stands alone. None = no bound.
-        overhead: what one more pass costs, in tokens.
-        count: make so many batches, at most B, in place of as few as fit.
-
-    Returns:
-        (row numbers [n] of each batch, ascending; what reading all of them costs, in tokens).
-    """
-    order = torch.argsort(which * (int(rest.max()) + 1) + rest, stable=True)
-    units = [_fitting(rows, int(prefix[rows[0]]), rest, most_tokens) for rows in _runs(order, which)]
-    units.sort(key=lambda chunks: int(prefix[chunks[0][0]]))  # prompts of like length together
-    flat = [chunk for chunks in units for chunk in chunks]
-    if count is not None and count > len(flat):
-        flat = list(torch.cat(flat).split(1))
-    tried = count or 1
-    while True:
-        batches, costs, fits = _shares(flat, prefix, rest, tried), 0, True
-        for rows in batches:
-            own, of = torch.unique(which[rows], return_inverse=True)
-            once = torch.zeros_like(own).scatter(0, of, prefix[rows])
-            parts = _in_parts(once, overhead), _in_parts(rest[rows], overhead)
-            costs += _cost(once, of, rest[rows], parts, overhead)
-            tokens = padded_tokens(parts[0], once) + padded_tokens(parts[1], rest[rows])
-            fits = fits and (most_tokens is None or tokens <= most_tokens)
-        if fits or count is not None or tried == len(flat):
-            return [rows.sort().values for rows in batches], costs
-        tried = min(tried + 1 + tried // 8, len(flat))
-
-
-def _runs(order: Tensor, which: Tensor) -> list[Tensor]:
-    sizes = torch.unique_consecutive(which[order], return_counts=True)[1]
-    return list(order.split(sizes.tolist()))
-
-
-def _fitting(rows: Tensor, prefix: int, rest: Tensor, most_tokens: int | None) -> list[Tensor]:
-    """A group's rows in as few chunks as fit."""
-    chunks, longest = 1, int(rest[rows].max())
-    while most_tokens is not None and chunks < len(rows) and prefix + -(-len(rows) // chunks) * longest > most_tokens:
-        chunks += 1
-    return list(rows.tensor_split(chunks))
-
-
-def _shares(units: list[Tensor], prefix: Tensor, rest: Tensor, count: int) -> list[Tensor]:
-    """Join neighbours into ``count`` batches of about as many tokens."""
-    tokens = torch.stack([prefix[rows[0]] + rest[rows].sum() for rows in units]).cumsum(0)
-    marks = torch.arange(1, count) * int(tokens[-1]) / count
-    ends = torch.searchsorted(tokens, marks).tolist()
-    batches, start = [], 0
-    for i, end in enumerate([*ends, len(units)]):
-        end = min(max(end, start + 1), len(units) - (count - 1 - i))  # none is empty
-        batches.append(torch.cat(units[start:end]))
-        start = end
-    return batches
 
 
 def read_shared(run: Callable[..., Tensor], model: Any, shared: Shared) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rlhf.batch import Examples, Rollout
+from lit_rlhf.models.groups import cut_groups
 from lit_rlhf.models.lengths import cut_by_length, padded_tokens, pass_tokens
-from lit_rlhf.models.prefix import cut_groups, number_rows
+from lit_rlhf.models.prefix import number_rows
 
 TermT = TypeVar("TermT")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import gpu
+import prefix
 import pytest
 import rollout
 import torch
@@ -58,3 +59,11 @@ def test_what_an_ablation_takes_away_changes_the_work_and_not_the_draws(remedy, 
         return
     assert torch.equal(plain.response_ids, whole.response_ids)
     assert sum(rows * width for rows, width in seen) > tokens
+
+
+def test_the_table_of_shared_prompts(monkeypatch, capsys):
+    asked = ["prefix.py", "--shapes", "toy", "--prompts", "128", "--rows", "4", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", asked)
+    prefix.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| grpo, 4 prompts × 8"] * 2 + ["| reward, 16 pairs"] * 2

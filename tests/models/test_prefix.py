@@ -33,9 +33,10 @@ from lit_rlhf.models import (
     sequence_scores,
     token_logprobs,
 )
+from lit_rlhf.models.groups import cut_groups
 from lit_rlhf.models.heads import shared_scores
 from lit_rlhf.models.lengths import PASS_TOKENS
-from lit_rlhf.models.prefix import cut_groups, groups_of_rows, shared_beginnings, shared_prompts
+from lit_rlhf.models.prefix import groups_of_rows, shared_beginnings, shared_prompts
 
 SMALL = {
     "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

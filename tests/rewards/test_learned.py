@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models import load_scalar, save_scalar
+from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.rewards import RewardModel, Rewards
 
 LENGTHS = [(5, 7), (2, 3), (9, 1), (1, 12), (4, 4), (6, 0), (3, 9)]  # prompt, response
@@ -65,6 +66,18 @@ def test_a_forward_pass_is_no_wider_than_its_longest_row(reward_folder: Path) ->
     model.score_rollout(rollout())
     assert [rows for rows, _ in shapes] == [2, 2, 2, 1]
     assert max(width for _, width in shapes) <= 15  # 23 with all padding
+
+
+def test_a_prompt_is_read_once_for_the_answers_to_it(reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 1)
+    alone = rollout()
+    rolled = alone.select(torch.tensor([2, 0, 2, 5, 0, 2, 5, 5]))
+    model, read = RewardModel(str(reward_folder), batch_size=6), []
+    model.score_rollout(rolled)  # the model is known from here on
+    model.model.model.embed_tokens.register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    scores = model.score_rollout(rolled)
+    torch.testing.assert_close(scores, expected(reward_folder, rolled), atol=2e-6, rtol=1e-5)
+    assert sum(read) < 0.7 * int(rolled.input_mask.sum())
 
 
 def test_normalize_uses_the_moments_saved_with_the_model(reward_folder: Path) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf.models import Lora, Network
+from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.stages import GRPO, PPO, Optim
 from lit_rlhf.stages.updates import Plan, Updates
 
@@ -203,3 +204,53 @@ def test_the_samplers_log_probs_serve_while_they_are_the_trainers(build, model_f
         old, sampled = old_logprobs(**settings)
         assert not torch.equal(old, sampled)
         torch.testing.assert_close(old, sampled, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def cheap_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass costs next to nothing, so that even a tiny rollout's prompts are shared."""
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 1)
+
+
+def test_a_plan_keeps_the_answers_to_a_prompt_together(cheap_passes):
+    lengths = [3, 9, 1, 5, 2, 8, 4, 7] * 2
+    rollout = arena.rollout(lengths)
+    prompts = torch.arange(4).repeat_interleave(4)[:, None].expand(16, 6) + 7
+    rollout = rollout.with_(prompt_ids=prompts, prompt_mask=prompts > 0)
+    plan, plain = (Plan(Updates(epochs=2, minibatches=2, micro_batch_tokens=30)) for _ in range(2))
+    plan.draw_up(rollout, seed=1, max_over_ranks=lambda counts: counts, shares=True)
+    plain.draw_up(rollout, seed=1, max_over_ranks=lambda counts: counts)
+    groups = [sorted({int(prompts[row, 0]) - 7 for row in rows}) for rows in plan.parts(like_updates=True)]
+    assert groups == [[0], [1], [2], [3]]
+    assert len(plain.parts(like_updates=True)) > 4
+    for step, other in zip(plan.steps, plain.steps, strict=True):
+        assert sorted(torch.cat(step).tolist()) == sorted(torch.cat(other).tolist())
+    more = Plan(Updates(epochs=2, minibatches=2, micro_batch_tokens=30))
+    more.draw_up(rollout, seed=1, max_over_ranks=lambda counts: counts + 1, shares=True)
+    assert [len(step) for step in [*more.steps, more.wide]] == [len(step) + 1 for step in [*plan.steps, plan.wide]]
+
+
+def tokens_read(stage: GRPO) -> list[int]:
+    seen: list[int] = []
+    stage.policy.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    return seen
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [None, 60])
+def test_shared_prompts_change_nothing_but_the_time(micro_batch_tokens, cheap_passes, model_folder, monkeypatch):
+    """And the first minibatch's ratio is exactly one: scoring and updates read the same microbatches alike."""
+    results, updates = [], Updates(2, 2, micro_batch_tokens, sampler_gap=0.0)
+    for is_shared in (True, False):
+        if not is_shared:
+            for room in ("stages.inner_loop", "models.causal"):
+                monkeypatch.setattr(f"lit_rlhf.{room}.can_share", lambda model: False)
+        stage, log, first = grpo(model_folder, updates=updates), arena.Log(), []
+        seen, mean_metrics = tokens_read(stage), stage.updates.mean_metrics
+        stage.updates.mean_metrics = lambda step=None, f=first, m=mean_metrics: f.append(m(0)) or m(step)
+        arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)], callbacks=[log])
+        assert (float(first[0]["policy/ratio_mean"]), float(first[0]["policy/approx_kl"])) == (1.0, 0.0)
+        results.append((arena.weights(stage), log.rows[-1]["loss"], sum(seen)))
+    (shared, loss, fewer), (whole, other, more) = results
+    torch.testing.assert_close(shared, whole, atol=2e-5, rtol=0)
+    assert loss == pytest.approx(other, abs=1e-4)
+    assert fewer < 0.85 * more

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from lit_rlhf.models import is_sharded, load_scalar, next_token_logprobs, sequence_scores
 from lit_rlhf.models.lengths import PASS_TOKENS, cut_by_length
 from lit_rlhf.stages import parts
-from lit_rlhf.stages.parts import read_in_parts
+from lit_rlhf.stages.parts import read_in_parts, read_ranked
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 MOST = st.none() | st.integers(1, 30)
@@ -144,3 +144,17 @@ def test_only_sharded_weights_need_that(monkeypatch: pytest.MonkeyPatch):
     sharded = type("Sharded", (FSDPModule, type(model.lm_head)), {})
     model.lm_head.__class__ = sharded  # what fully_shard does
     assert is_sharded(model)
+
+
+def test_ranked_responses_are_read_from_where_they_differ(cheap_passes, model_folder):
+    own, prompt = arena.pairs(6), torch.arange(100, 106).repeat_interleave(2)[:, None].expand(12, 6)
+    batch = own.with_(
+        ids=torch.cat([prompt, own.ids], dim=1),
+        mask=torch.cat([torch.ones(12, 6, dtype=torch.bool), own.mask], dim=1),
+    )
+    model, seen = load_scalar(model_folder), []
+    expected = sequence_scores(model, batch.ids, batch.mask)
+    read_ranked(model, batch)  # the model is known from here on
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    torch.testing.assert_close(read_ranked(model, batch), expected, atol=1e-5, rtol=0)
+    assert sum(seen) <= int(own.mask.sum()) + 6 * 6 + 6

@@ -11,6 +11,7 @@ from pathlib import Path
 import arena
 import torch
 
+from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.stages import GRPO, PPO, SFT, Optim, Updates
 
 
@@ -20,7 +21,9 @@ def build(name: str, folder: str):
         whole = arena.examples(8)
         parts = [whole.select(torch.arange(start, 8, 2)) for start in (0, 1)]
         return SFT(folder, optim=Optim(lr=1e-3)), whole, parts
-    if name == "grpo_whole":  # every second prompt, as RankSampler shares them out
+    if name == "grpo_shared":  # a pass costs next to nothing, so that prompts are shared
+        PASS_TOKENS["cpu"] = 1
+    if name in ("grpo_whole", "grpo_shared"):  # every second prompt, as RankSampler shares them out
         whole, knobs = arena.prompts(8), {"sampling": arena.SHORT, "group_size": 2, "optim": Optim(lr=1e-3)}
         updates = Updates(epochs=2, micro_batch_tokens=40)
         parts = [whole.select(torch.arange(start, 8, 2)) for start in (0, 1)]
