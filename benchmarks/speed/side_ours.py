@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gate import Gate
 from torch.utils.data import DataLoader
-from work import PAD, CountingReward, Work, end_by_position, prompts, sequences
+from work import PAD, CountingReward, Work, end_by_position, pairs, prompts, sequences
 
 from lit_rlhf.data import PreferenceData, PromptData, SFTData
 from lit_rlhf.data.preference import Ranked
@@ -76,8 +76,11 @@ def prepare(work: Work, folder: Path) -> tuple[Any, DataLoader[Any]]:
         collate = SFTData.collate
     elif work.task == "reward":
         stage = RewardModeling(str(folder / "reward"), optim=Optim(lr=work.lr))
-        pairs = zip(sequences(work, seed=0), sequences(work, seed=1), strict=True)
-        rows = [Ranked([np.asarray(ids, dtype=np.int32) for ids in pair], [(0, 1)], None) for pair in pairs]
+        both = zip(*pairs(work), strict=True)
+        rows = [
+            Ranked([np.asarray(ids, dtype=np.int32) for ids in pair], [len(ids) for ids in pair], [(0, 1)], None)
+            for pair in both
+        ]
         collate = PreferenceData.collate
     else:
         stage = rl_stage(work, folder)

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from gate import Gate
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
-from work import CountingReward, Work, end_by_position, prompts, sequences, tokenizer
+from work import CountingReward, Work, end_by_position, pairs, prompts, sequences, tokenizer
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -151,7 +151,7 @@ def offline(work: Work, folder: Path, gate: Gate) -> Any:
             train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
         )
     else:
-        columns = {"chosen_ids": sequences(work, seed=0), "rejected_ids": sequences(work, seed=1)}
+        columns = dict(zip(("chosen_ids", "rejected_ids"), pairs(work), strict=True))
         trainer = RewardTrainer(
             model=AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32),
             args=RewardConfig(**settings),

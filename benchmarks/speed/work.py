@@ -145,6 +145,15 @@ def sequences(work: Work, seed: int = 0) -> list[list[int]]:
     return rows
 
 
+def pairs(work: Work) -> tuple[list[list[int]], list[list[int]]]:
+    """Random chosen and rejected sequences for all steps; the two of a pair begin with the same prompt, as pairs do."""
+    chosen, rejected = sequences(work, seed=0), sequences(work, seed=1)
+    for one, other in zip(chosen, rejected, strict=True):
+        prompt = min(work.prompt_tokens, len(one) - 1, len(other) - 1)
+        other[:prompt] = one[:prompt]
+    return chosen, rejected
+
+
 def end_logit(number: int, work: Work) -> float:
     """Logit of the end token at the response's ``number``-th token, from 1; the other logits are about N(0, σ²)."""
     longest, shortest = work.response_tokens, work.response_tokens // 8
