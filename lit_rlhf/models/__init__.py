@@ -11,6 +11,8 @@ from lit_rlhf.models.causal import (
 )
 from lit_rlhf.models.heads import load_scalar, response_values, save_scalar, sequence_scores, token_scores
 from lit_rlhf.models.network import Dtype, Lora, Network
+from lit_rlhf.models.noise import embedding_noise, uniform_noise
+from lit_rlhf.models.packing import packed_next_token_logprobs
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
 from lit_rlhf.models.sharding import gathered, reshard, shard, unsharded_trainables
 
@@ -20,6 +22,7 @@ __all__ = [
     "Network",
     "Reference",
     "adapters_off",
+    "embedding_noise",
     "evaluating",
     "forget_in_checkpoints",
     "freeze",
@@ -30,6 +33,7 @@ __all__ = [
     "load_scalar",
     "load_tokenizer",
     "next_token_logprobs",
+    "packed_next_token_logprobs",
     "reshard",
     "response_values",
     "save_folder",
@@ -39,5 +43,6 @@ __all__ = [
     "stop_ids",
     "token_logprobs",
     "token_scores",
+    "uniform_noise",
     "unsharded_trainables",
 ]

@@ -21,6 +21,7 @@ def chosen_tokens(
     positions: Tensor,
     targets: Tensor,
     *,
+    position_ids: Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     correct: bool = False,
@@ -35,6 +36,7 @@ def chosen_tokens(
         ids: [B, L] token ids, rows from the left edge.
         positions: [N] long, places in ``ids.flatten()`` whose next token is asked for.
         targets: [N] token ids.
+        position_ids: [B, L] where a row holds several sequences: each begins at 0; None = they count along the row.
         temperature: divides the logits.
         entropy: also the entropies.
         correct: also whether the target is the likeliest token.
@@ -42,8 +44,11 @@ def chosen_tokens(
     network = model.module if isinstance(model, DistributedDataParallel) else model
     after = _after_head(network)
     ask: Any = {"temperature": temperature, "entropy": entropy, "correct": correct}
+    inputs: Any = {"input_ids": ids, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
     if after is None:
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(**inputs).logits
         return chosen_from_logits(logits.flatten(0, 1).index_select(0, positions), targets, **ask)
     head = network.get_output_embeddings()
     own_forward, kept = head.forward, list[Chosen]()
@@ -64,7 +69,7 @@ def chosen_tokens(
     handle = network.register_forward_hook(hand_over, prepend=True)
     try:
         with _standing_in(head, stand_in):
-            return Chosen(*model(input_ids=ids, use_cache=False))
+            return Chosen(*model(**inputs))
     finally:
         handle.remove()
 

@@ -46,7 +46,7 @@ IN_THEIR_OWN_TESTS = {
         *("group_size", "advantage_scale", "updates", "kl_coef", "clip_low"),
         *("clip_high", "aggregation", "entropy_coef", "seed"),
     },
-    "SFT": {"model"},
+    "SFT": {"model", "packing", "neftune_alpha"},
     "RewardModeling": {"model", "margin", "center"},
 }
 HERE = {
