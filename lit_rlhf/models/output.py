@@ -44,9 +44,7 @@ def chosen_tokens(
     network = model.module if isinstance(model, DistributedDataParallel) else model
     after = _after_head(network)
     ask: Any = {"temperature": temperature, "entropy": entropy, "correct": correct}
-    inputs: Any = {"input_ids": ids, "use_cache": False}
-    if position_ids is not None:
-        inputs["position_ids"] = position_ids
+    inputs = {"input_ids": ids, "use_cache": False} | ({} if position_ids is None else {"position_ids": position_ids})
     if after is None:
         logits = model(**inputs).logits
         return chosen_from_logits(logits.flatten(0, 1).index_select(0, positions), targets, **ask)

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import gpu
+import packing
 import pytest
 import rollout
 import torch
-from work import Work, save_models
+from transformers import LlamaConfig, LlamaForCausalLM
+from work import SHAPES, Work, save_models
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +56,12 @@ def test_what_an_ablation_takes_away_changes_the_work_and_not_the_draws(remedy, 
         return
     assert torch.equal(plain.response_ids, whole.response_ids)
     assert sum(rows * width for rows, width in seen) > tokens
+
+
+def test_the_ways_of_the_packing_table_read_the_same(monkeypatch):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES["toy"])).train()
+    ids, mask = packing.batch([3, 9, 4], 259, "cpu")
+    padded, *others = (read(model, ids, mask)[0] for read in packing.WAYS.values())
+    for other in others:
+        torch.testing.assert_close(other, padded, atol=1e-5, rtol=0)
+    assert set(packing.measure(model, [3, 9, 4], 1, "cpu")) == set(packing.WAYS)
