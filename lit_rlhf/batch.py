@@ -24,7 +24,7 @@ def _to(record: RecordT, device: torch.device | str, non_blocking: bool = False)
     moved: dict[str, Any] = {
         f.name: value.to(device, non_blocking=non_blocking)
         for f in dataclasses.fields(record)
-        if isinstance(value := getattr(record, f.name), Tensor)
+        if isinstance(value := getattr(record, f.name), (Tensor, Examples))
     }
     return dataclasses.replace(record, **moved)
 
@@ -66,7 +66,7 @@ class Prompts:
     prompts: tuple[Any, ...]  # B prompts as the dataset holds them: text, or a list of messages
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # every other column; reaches the rewards
     rows: Tensor | None = None  # [B] long, number of each row in the batch of all processes; None = 0 … B − 1
-    pretraining: Examples | None = None  # texts beside the prompts, for PPO-ptx; not by row
+    pretraining: Examples | None = None  # texts that come with the batch, for PPO-ptx: rows of their own, any number
 
     to = _to
     with_ = _with

@@ -11,7 +11,7 @@ import inspect
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_rlhf.data.chat import find_tokenizer, padding_id
 from lit_rlhf.data.files import DataError, Rows
+from lit_rlhf.data.mixture import Mixture, sources_of, unstack
 from lit_rlhf.data.sources import load_split
 from lit_rlhf.data.templates import set_template
 
-_COUNTS = ("batch_size", "val_batch_size", "limit", "val_limit", "max_length", "max_prompt_length", "prompt_words")
+_SIZES = ("batch_size", "val_batch_size", "pretraining_batch_size", "max_length", "max_prompt_length")
+_COUNTS = (*_SIZES, "limit", "val_limit", "prompt_words")
 
 
 class RankSampler(DistributedSampler[int]):
@@ -36,16 +38,16 @@ class RankSampler(DistributedSampler[int]):
     order whatever the number of processes. Being a DistributedSampler keeps Lightning from putting its own in place.
     """
 
-    def __init__(self, rows: int, *, rank: int, world: int, shuffle: bool, seed: int) -> None:
+    def __init__(self, rows: int | Mixture, *, rank: int, world: int, shuffle: bool, seed: int) -> None:
         """Share out ``rows``: when shuffled the rest is left out, otherwise first rows fill up the last round."""
-        super().__init__(range(rows), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)  # type: ignore[arg-type]
-        self.rows = rows
+        self.mixture = Mixture((rows,), (rows,)) if isinstance(rows, int) else rows
+        self.rows = len(self.mixture)
+        super().__init__(range(self.rows), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)  # type: ignore[arg-type]
         self.start = 0  # rows of this rank to leave out at the next pass
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.rows, generator=generator).tolist()
+            order = self.mixture.order(self.seed, self.epoch)
         else:
             order = [i % self.rows for i in range(self.total_size)]
         start, self.start = self.start, 0
@@ -62,10 +64,11 @@ class Position:
     epoch: int = 0
     rows: int = 0  # rows of this epoch that all processes together have read
     started: bool = False
+    pretraining: int = 0  # rows of the pretraining stream, if there is one, that all processes together have read
 
-    def seek(self, epoch: int, rows: int) -> None:
+    def seek(self, epoch: int, rows: int, pretraining: int = 0) -> None:
         """Go there: the next pass begins at this place."""
-        self.epoch, self.rows, self.started = epoch, rows, False
+        self.epoch, self.rows, self.started, self.pretraining = epoch, rows, False, pretraining
 
     def begin(self, usable: int) -> None:
         """Begin a pass over ``usable`` rows: where it was sought to be, else at the start of the next epoch."""
@@ -82,10 +85,11 @@ class SeekableLoader(DataLoader[Any]):
     """
 
     position: Position | None = None
+    gain: Callable[[Any], Any] | None = None  # what a batch gains in the main process, when it is given out
 
     def __iter__(self) -> Any:
         if self.position is None or not isinstance(self.sampler, RankSampler):  # overfit_batches puts another in place
-            return super().__iter__()
+            return super().__iter__() if self.gain is None else map(self.gain, super().__iter__())
         return self._read(self.position, self.sampler)
 
     def _read(self, position: Position, sampler: RankSampler) -> Iterator[Any]:
@@ -94,7 +98,7 @@ class SeekableLoader(DataLoader[Any]):
         sampler.epoch, sampler.start = position.epoch, position.rows // sampler.num_replicas
         for batch in super().__iter__():
             position.rows += step
-            yield batch
+            yield batch if self.gain is None else self.gain(batch)
 
 
 class SeekableData(L.LightningDataModule):
@@ -114,6 +118,7 @@ class SeekableData(L.LightningDataModule):
         self._seed, self._num_workers = seed, num_workers
         self._train: Sequence[Any] | None = None
         self._val: Sequence[Any] = ()
+        self._mixture = Mixture((), ())
         self._owner: weakref.ref[Any] | None = None  # the Trainer that the position belongs to
         self._kept = False  # the position was restored before there was a Trainer
 
@@ -125,6 +130,13 @@ class SeekableData(L.LightningDataModule):
     def encode(self, rows: Rows) -> Sequence[Any]:
         """Encode all rows; whatever is left out is counted in ``dropped``."""
         raise NotImplementedError
+
+    def combine(self, parts: list[Any]) -> Sequence[Any]:
+        """The encoded rows of several sources as one sequence, in their order."""
+        return [row for part in parts for row in part]
+
+    def encode_beside(self) -> None:
+        """Encode what is no row of ``train`` or ``val``, if there is such a thing."""
 
     @staticmethod
     def collate(rows: list[Any], *, pad: int) -> Any:
@@ -141,27 +153,30 @@ class SeekableData(L.LightningDataModule):
         self.tokenizer, self.dropped, self.truncated = tokenizer, Counter(), 0
         set_template(self.tokenizer, self.knobs.chat_template)
         train, val = load_split(**{name: self.knobs[name] for name in inspect.signature(load_split).parameters})
-        self._train = self.encode(train)
-        self._val = () if val is None else self.encode(val)
+        self._train, parts = self._encode_all(train)
+        self._val = () if val is None else self._encode_all(val)[0]
+        sources = sources_of(self.knobs.train, "train")
+        self._mixture = Mixture.of([len(part) for part in parts], [source.weight for source in sources])
+        self.encode_beside()
         lost = "".join(f"; dropped {count} {reason}" for reason, count in self.dropped.items())
         cut = f"; cut {self.truncated} that were too long" if self.truncated else ""
         name, rows = type(self).__name__, f"{len(self._train)} training and {len(self._val)} validation rows"
-        rank_zero_info(f"{name}: {rows}{lost}{cut}")
+        rank_zero_info(f"{name}: {rows}{self._mixture.shares(sources)}{lost}{cut}")
 
     def train_dataloader(self) -> SeekableLoader:
         """Shuffled batches, always full; a new Trainer starts with the first epoch unless it restored a place."""
-        rows, trainer = self._train or (), self.trainer
-        rank, world = _rank(trainer)
-        if len(rows) < self._batch_size * world:
+        rows, trainer, epoch = self._train or (), self.trainer, len(self._mixture)
+        rank, world = rank_of(trainer)
+        if epoch < self._batch_size * world:
             raise DataError(
-                f"{len(rows)} training rows do not fill one batch: batch_size={self._batch_size} on {world} "
+                f"{epoch} training rows do not fill one batch: batch_size={self._batch_size} on {world} "
                 f"process(es) takes {self._batch_size * world}. Lower batch_size, or give more rows."
             )
         if trainer is not None:
             if not self._kept and (self._owner is None or self._owner() is not trainer):
                 self.position.seek(0, 0)
             self._kept, self._owner = False, weakref.ref(trainer)
-        sampler = RankSampler(len(rows), rank=rank, world=world, shuffle=True, seed=self._seed)
+        sampler = RankSampler(self._mixture, rank=rank, world=world, shuffle=True, seed=self._seed)
         loader: SeekableLoader = self._loader(SeekableLoader, rows, sampler, self._batch_size)
         loader.position = self.position
         return loader
@@ -171,7 +186,7 @@ class SeekableData(L.LightningDataModule):
         if not self._val:
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # it is meant
             return []
-        rank, world = _rank(self.trainer)
+        rank, world = rank_of(self.trainer)
         sampler = RankSampler(len(self._val), rank=rank, world=world, shuffle=False, seed=self._seed)
         return self._loader(DataLoader, self._val, sampler, self._val_batch_size)
 
@@ -186,16 +201,22 @@ class SeekableData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The place to store; a finished epoch is the start of the next, also when the Trainer cut it short."""
         place, loop = self.position, getattr(self.trainer, "fit_loop", None)
+        beside = {"pretraining": place.pretraining} if place.pretraining else {}
         if place.started and loop is not None and loop.epoch_loop.batch_progress.is_last_batch:
-            return {"epoch": place.epoch + 1, "rows": 0}
-        return {"epoch": place.epoch, "rows": place.rows}
+            return {"epoch": place.epoch + 1, "rows": 0, **beside}
+        return {"epoch": place.epoch, "rows": place.rows, **beside}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a stored place, before or after the loader was made."""
         # Lightning tells a resumable loader by a method of the DataLoader; here the data module resumes.
         warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
-        self.position.seek(int(state_dict["epoch"]), int(state_dict["rows"]))
+        self.position.seek(*(int(state_dict.get(key, 0)) for key in ("epoch", "rows", "pretraining")))
         self._kept, self._owner = self.trainer is None, None if self.trainer is None else weakref.ref(self.trainer)
+
+    def _encode_all(self, rows: Rows) -> tuple[Sequence[Any], list[Sequence[Any]]]:
+        """The encoded rows of all sources together, and of each."""
+        parts = [self.encode(part) for part in unstack(rows) if len(part)]
+        return parts[0] if len(parts) == 1 else self.combine(parts), parts
 
     def _check_knobs(self) -> None:
         """Refuse values that the constructor's signature does not allow."""
@@ -219,7 +240,7 @@ class SeekableData(L.LightningDataModule):
         )
 
 
-def _rank(trainer: Any) -> tuple[int, int]:
+def rank_of(trainer: Any) -> tuple[int, int]:
     """(rank, world) among the processes that read different data; one process where there is no Trainer."""
     place = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None)
     return (place["rank"], place["num_replicas"]) if place else (0, 1)

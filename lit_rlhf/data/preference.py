@@ -13,6 +13,7 @@ import torch
 from lit_rlhf.batch import Pairs
 from lit_rlhf.data import chat, columns, sources
 from lit_rlhf.data.loader import SeekableData
+from lit_rlhf.data.mixture import Sources
 from lit_rlhf.data.sft import pad_right
 
 
@@ -25,14 +26,15 @@ class PreferenceData(SeekableData):
 
     Args:
         train: rows to learn from: a file (jsonl, json, csv, also .gz; parquet), a folder of such files, a folder that
-            ``datasets`` saved, or a hub id, its configuration after a colon (``openai/gsm8k:main``).
-        val: rows to validate on; None takes ``val_split`` or ``val_fraction`` of ``train``.
+            ``datasets`` saved, or a hub id, its configuration after a colon (``openai/gsm8k:main``). Or a list of such
+            sources, each a path or ``{path, weight, split}``: an epoch reads a source ``weight`` times (1 by default).
+        val: rows to validate on, from one source or a list; None takes ``val_split`` or ``val_fraction`` of ``train``.
         split: which split of ``train``, where it has several.
         val_split: which split to validate on, of ``val`` or else of ``train``.
         val_fraction: share of the training rows held out when neither ``val`` nor ``val_split`` is given; 0 = none.
         split_by: column whose equal values never stand on both sides (a user, a prompt).
-        limit: train on the first rows only, so many.
-        val_limit: validate on the first rows only, so many.
+        limit: train on the first rows only, so many of each source.
+        val_limit: validate on the first rows only, so many of each source.
         prompt_column: column with prompts, text or messages.
         chosen_column: column with the preferred response, text or messages.
         rejected_column: column with the other response.
@@ -44,7 +46,7 @@ class PreferenceData(SeekableData):
         max_length: longest prompt with response in tokens.
         too_long: what to do with rows that hold a longer one: stop with an error, cut the start of the prompt (a
             response stays whole, BOS in its place), or drop the row.
-        max_dropped: largest share of rows that may be dropped before that is an error.
+        max_dropped: largest share of a source's rows that may be dropped before that is an error.
         batch_size: prompts a process reads for one batch.
         val_batch_size: the same in validation; None takes ``batch_size``.
         seed: fixes the order and what is held out.
@@ -54,8 +56,8 @@ class PreferenceData(SeekableData):
 
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
+        train: Sources,
+        val: Sources | None = None,
         split: str = "train",
         val_split: str | None = None,
         val_fraction: float = 0.05,
@@ -111,6 +113,12 @@ class PreferenceData(SeekableData):
         records, _, dropped = sources.encode_rows(rows, encode_row, max_dropped=knobs.max_dropped)
         self.dropped += dropped
         return records
+
+    def combine(self, parts: list[list[Ranked]]) -> list[Ranked]:
+        """All sources' rows; a margin must stand in all of them or in none."""
+        if len({part[0].margin is None for part in parts}) > 1:
+            raise sources.DataError('train or val: some sources have a column "margin" and others none; give it to all')
+        return [row for part in parts for row in part]
 
     @staticmethod
     def collate(rows: list[Ranked], *, pad: int) -> Pairs:

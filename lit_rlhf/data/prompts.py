@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.batch import Prompts
 from lit_rlhf.data import chat, columns, sources
-from lit_rlhf.data.loader import SeekableData
+from lit_rlhf.data.loader import SeekableData, SeekableLoader, rank_of
+from lit_rlhf.data.mixture import Mixture, Sources, sources_of, stack
+from lit_rlhf.data.pretraining import PretrainingStream, pieces_of
 
 RESERVED = ("prompts", "completions", "completion_ids")  # what every reward is called with beside the columns
 
@@ -22,14 +25,15 @@ class PromptData(SeekableData):
 
     Args:
         train: rows to learn from: a file (jsonl, json, csv, also .gz; parquet), a folder of such files, a folder that
-            ``datasets`` saved, or a hub id, its configuration after a colon (``openai/gsm8k:main``).
-        val: rows to validate on; None takes ``val_split`` or ``val_fraction`` of ``train``.
+            ``datasets`` saved, or a hub id, its configuration after a colon (``openai/gsm8k:main``). Or a list of such
+            sources, each a path or ``{path, weight, split}``: an epoch reads a source ``weight`` times (1 by default).
+        val: rows to validate on, from one source or a list; None takes ``val_split`` or ``val_fraction`` of ``train``.
         split: which split of ``train``, where it has several.
         val_split: which split to validate on, of ``val`` or else of ``train``.
         val_fraction: share of the training rows held out when neither ``val`` nor ``val_split`` is given; 0 = none.
         split_by: column whose equal values never stand on both sides (a user, a prompt).
-        limit: train on the first rows only, so many.
-        val_limit: validate on the first rows only, so many.
+        limit: train on the first rows only, so many of each source.
+        val_limit: validate on the first rows only, so many of each source.
         prompt_column: column with prompts, text or messages.
         prompt_words: take only so many words of a text prompt, from its start; rows with no more words are dropped.
         prompt_template: text with ``{column}`` fields that makes the prompt in place of ``prompt_column``.
@@ -39,7 +43,12 @@ class PromptData(SeekableData):
             tokenizer's own. None keeps the tokenizer's.
         max_prompt_length: longest prompt in tokens.
         too_long: what to do with longer ones: stop with an error, keep their end (and BOS), or drop them.
-        max_dropped: largest share of rows that may be dropped before that is an error.
+        pretraining: texts of which every training batch gets some, for a stage that mixes their gradient in (PPO-ptx):
+            a source or a list, as ``train``; they come round again in a new order, as long as the run lasts.
+        pretraining_column: column with those texts.
+        pretraining_batch_size: how many of them a process reads for one batch (Ouyang et al. 2022: 8 a prompt).
+        pretraining_length: longest of them in tokens; longer ones are cut into equal pieces, all of which are read.
+        max_dropped: largest share of a source's rows that may be dropped before that is an error.
         batch_size: prompts a process reads for one batch.
         val_batch_size: the same in validation; None takes ``batch_size``.
         seed: fixes the order and what is held out.
@@ -49,8 +58,8 @@ class PromptData(SeekableData):
 
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
+        train: Sources,
+        val: Sources | None = None,
         split: str = "train",
         val_split: str | None = None,
         val_fraction: float = 0.05,
@@ -65,6 +74,10 @@ class PromptData(SeekableData):
         chat_template: str | None = None,
         max_prompt_length: int = 512,
         too_long: Literal["error", "truncate_left", "drop"] = "error",
+        pretraining: Sources | None = None,
+        pretraining_column: str = "text",
+        pretraining_batch_size: int = 8,
+        pretraining_length: int = 512,
         max_dropped: float = 0.1,
         batch_size: int = 8,
         val_batch_size: int | None = None,
@@ -74,6 +87,43 @@ class PromptData(SeekableData):
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, seed=seed, num_workers=num_workers)
         self.save_hyperparameters(logger=False)
+        self._stream: PretrainingStream | None = None
+
+    def encode_beside(self) -> None:
+        """Tokenise the pretraining texts."""
+        knobs = self.knobs
+        if knobs.pretraining is None:
+            return
+        if knobs.pretraining_length < 2:
+            raise sources.DataError(f"pretraining_length must be at least 2, got {knobs.pretraining_length}")
+        rows = sources.load_sources(knobs.pretraining, knobs.split, knob="pretraining")
+        column, longest = knobs.pretraining_column, knobs.pretraining_length
+        parts = pieces_of(rows, self.tokenizer, column=column, longest=longest)
+        named = sources_of(knobs.pretraining, "pretraining")
+        mixture = Mixture.of([len(part) for part in parts], [source.weight for source in named])
+        pieces, batch_size = [piece for part in parts for piece in part], knobs.pretraining_batch_size
+        self._stream = PretrainingStream(pieces, mixture, batch_size=batch_size, seed=knobs.seed)
+        rank_zero_info(f"PromptData: {len(rows)} pretraining texts in {len(pieces)} pieces of up to {longest} tokens")
+
+    def train_dataloader(self) -> SeekableLoader:
+        """Shuffled batches, always full, each with the next pretraining rows where these are asked for."""
+        loader, stream, place = super().train_dataloader(), self._stream, self.position
+        (rank, world), pad = rank_of(self.trainer), chat.padding_id(self.tokenizer)
+        if stream is None:
+            return loader
+
+        def gain(prompts: Prompts) -> Prompts:
+            start, place.pretraining = place.pretraining, place.pretraining + stream.batch_size * world
+            return prompts.with_(pretraining=stream.batch(start, rank, world, pad=pad))
+
+        loader.gain = gain
+        return loader
+
+    def combine(self, parts: list[PromptRows]) -> PromptRows:
+        """All sources' rows; a column that a source lacks is None in its rows."""
+        records = [record for part in parts for record in part.records]
+        names = list(dict.fromkeys(column for part in parts for column in part.columns))
+        return PromptRows(records, stack([part.rows for part in parts]), names)
 
     def encode(self, rows: sources.Rows) -> PromptRows:
         """Check, render and tokenise the rows."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_rlhf.batch import Examples
 from lit_rlhf.data import chat, columns, sources
 from lit_rlhf.data.loader import SeekableData
+from lit_rlhf.data.mixture import Sources
 
 Encoded = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # token ids, which of them are learned
 
@@ -23,14 +24,15 @@ class SFTData(SeekableData):
 
     Args:
         train: rows to learn from: a file (jsonl, json, csv, also .gz; parquet), a folder of such files, a folder that
-            ``datasets`` saved, or a hub id, its configuration after a colon (``openai/gsm8k:main``).
-        val: rows to validate on; None takes ``val_split`` or ``val_fraction`` of ``train``.
+            ``datasets`` saved, or a hub id, its configuration after a colon (``openai/gsm8k:main``). Or a list of such
+            sources, each a path or ``{path, weight, split}``: an epoch reads a source ``weight`` times (1 by default).
+        val: rows to validate on, from one source or a list; None takes ``val_split`` or ``val_fraction`` of ``train``.
         split: which split of ``train``, where it has several.
         val_split: which split to validate on, of ``val`` or else of ``train``.
         val_fraction: share of the training rows held out when neither ``val`` nor ``val_split`` is given; 0 = none.
         split_by: column whose equal values never stand on both sides (a user, a prompt).
-        limit: train on the first rows only, so many.
-        val_limit: validate on the first rows only, so many.
+        limit: train on the first rows only, so many of each source.
+        val_limit: validate on the first rows only, so many of each source.
         messages_column: column with conversations.
         prompt_column: column with prompts, text or messages.
         completion_column: column with completions, text or messages.
@@ -43,7 +45,7 @@ class SFTData(SeekableData):
         learn: "completion" learns the last turn, "assistant" every assistant turn, "all" every token.
         max_length: longest example in tokens.
         too_long: what to do with longer ones: stop with an error, cut off their end, or drop them.
-        max_dropped: largest share of rows that may be dropped before that is an error.
+        max_dropped: largest share of a source's rows that may be dropped before that is an error.
         batch_size: examples a process reads for one batch.
         val_batch_size: the same in validation; None takes ``batch_size``.
         seed: fixes the order and what is held out.
@@ -53,8 +55,8 @@ class SFTData(SeekableData):
 
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
+        train: Sources,
+        val: Sources | None = None,
         split: str = "train",
         val_split: str | None = None,
         val_fraction: float = 0.05,

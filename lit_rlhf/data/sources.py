@@ -25,6 +25,7 @@ from lit_rlhf.data.files import (
     read_hub,
     read_saved,
 )
+from lit_rlhf.data.mixture import Sources, sources_of, stack, unstack
 
 T = TypeVar("T")
 
@@ -60,9 +61,21 @@ def load_rows(source: str, split: str = "train") -> Rows:
     return rows
 
 
+def load_sources(given: Sources, split: str, *, knob: str, over: str | None = None) -> Rows:
+    """Read the rows of one or several sources, stacked.
+
+    Args:
+        given: what the knob was set to.
+        split: taken of a source that names none.
+        knob: what it is called.
+        over: taken of every source, whatever it names.
+    """
+    return stack([load_rows(one.path, over or one.split or split) for one in sources_of(given, knob)])
+
+
 def load_split(
-    train: str,
-    val: str | None,
+    train: Sources,
+    val: Sources | None,
     *,
     split: str,
     val_split: str | None,
@@ -73,17 +86,23 @@ def load_split(
     val_limit: int | None = None,
 ) -> tuple[Rows, Rows | None]:
     """Read training and validation rows; the data modules' knobs of the same names say what each argument means."""
-    rows = load_rows(train, split)
+    rows = load_sources(train, split, knob="train")
     held_out: Rows | None = None
-    if val is not None or val_split is not None:
-        held_out = load_rows(val or train, val_split or split)
+    if val is not None:
+        if any(source.weight != 1 for source in sources_of(val, "val")):
+            raise DataError("val: a weight has no meaning here, as validation reads every row once; leave it out")
+        held_out = load_sources(val, val_split or split, knob="val")
+    elif val_split is not None:
+        held_out = load_sources(train, split, knob="train", over=val_split)
+    if held_out is not None:
         if split_by is not None:
             _check_apart(rows, held_out, split_by)
     elif val_fraction > 0:
         rows, held_out = split_rows(rows, fraction=val_fraction, split_by=split_by, seed=seed)
-    if held_out is not None and val_limit is not None:
-        held_out = held_out.pick(range(min(val_limit, len(held_out))))
-    return (rows if limit is None else rows.pick(range(min(limit, len(rows))))), held_out
+    empty = next((part for part in unstack(rows) if not len(part)), None)
+    if empty is not None:
+        raise DataError(f"{empty.source}: all of its rows are held out; lower val_fraction, or name val")
+    return _first(rows, limit), None if held_out is None else _first(held_out, val_limit)
 
 
 def refuse_long(length: int, longest: int, how: str, *, knob: str, instead: str) -> None:
@@ -105,7 +124,7 @@ def split_rows(rows: Rows, *, fraction: float, split_by: str | None = None, seed
     if not 0 < fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {fraction}; 0 means no validation rows")
     if split_by is not None:
-        check_columns(rows, [split_by])
+        _check_everywhere(rows, split_by)
     keys: list[Any] = (
         list(range(len(rows))) if split_by is None else [_key(rows[i], split_by) for i in range(len(rows))]
     )
@@ -183,9 +202,19 @@ def _key(row: dict[str, Any], column: str) -> str:
     return json.dumps(row.get(column), sort_keys=True, default=str)
 
 
+def _first(rows: Rows, limit: int | None) -> Rows:
+    """The first rows of each source."""
+    return rows if limit is None else stack([part.pick(range(min(limit, len(part)))) for part in unstack(rows)])
+
+
+def _check_everywhere(rows: Rows, column: str) -> None:
+    for part in unstack(rows):
+        check_columns(part, [column])
+
+
 def _check_apart(rows: Rows, held_out: Rows, column: str) -> None:
-    check_columns(rows, [column])
-    check_columns(held_out, [column])
+    _check_everywhere(rows, column)
+    _check_everywhere(held_out, column)
     known = {_key(rows[i], column) for i in range(len(rows))}
     for i in range(len(held_out)):
         if (key := _key(held_out[i], column)) in known:

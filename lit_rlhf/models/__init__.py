@@ -20,6 +20,8 @@ from lit_rlhf.models.heads import (
     token_scores,
 )
 from lit_rlhf.models.network import Dtype, Lora, Network
+from lit_rlhf.models.noise import embedding_noise, uniform_noise
+from lit_rlhf.models.packing import packed_next_token_logprobs
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
 from lit_rlhf.models.sharding import gathered, is_sharded, reshard, shard, unsharded_trainables
 from lit_rlhf.models.sharing import can_share
@@ -32,6 +34,7 @@ __all__ = [
     "Reference",
     "adapters_off",
     "can_share",
+    "embedding_noise",
     "evaluating",
     "forget_in_checkpoints",
     "freeze",
@@ -44,6 +47,7 @@ __all__ = [
     "load_tokenizer",
     "new_value_head",
     "next_token_logprobs",
+    "packed_next_token_logprobs",
     "policy_and_values",
     "reshard",
     "response_values",
@@ -54,5 +58,6 @@ __all__ = [
     "stop_ids",
     "token_logprobs",
     "token_scores",
+    "uniform_noise",
     "unsharded_trainables",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lit_rlhf.models.kernels import apply_liger
+from lit_rlhf.models.noise import add_residual_dropout
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -51,6 +52,8 @@ class Network:
         trust_remote_code: run Python code that comes with a hub model. Only for authors you trust.
         dropout: probability of every dropout in the model. 0 by default: with dropout, RL's probability ratios are
             wrong from the first update (Huang et al. 2023).
+        residual_dropout: probability of dropping an element of what attention and MLP add to the residual stream,
+            besides the dropouts of the model's own (InstructGPT's SFT: 0.2, Ouyang et al. 2022, §C.1). For SFT.
         revision: branch, tag or commit of a hub model.
         kernels: ``liger`` puts Liger's fused norms, rotary embedding and gated MLP into the model (CUDA only;
             ``pip install liger-kernel``).
@@ -62,8 +65,14 @@ class Network:
     lora: Lora | None = None
     trust_remote_code: bool = False
     dropout: float = 0.0
+    residual_dropout: float = 0.0
     revision: str | None = None
     kernels: Literal["liger"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"network.{name} is {getattr(self, name)}: a probability from 0 to less than 1")
 
 
 @contextmanager
@@ -183,6 +192,8 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
             module.p = float(network.dropout)
     if network.kernels == "liger":
         apply_liger(model)
+    if network.residual_dropout:
+        add_residual_dropout(model, network.residual_dropout)
     if network.gradient_checkpointing:
         # Newer releases of transformers 5 call it activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -21,6 +21,7 @@ def chosen_tokens(
     positions: Tensor,
     targets: Tensor,
     *,
+    position_ids: Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     correct: bool = False,
@@ -36,6 +37,7 @@ def chosen_tokens(
         ids: [B, L] token ids, rows from the left edge.
         positions: [N] long, places in ``ids.flatten()`` whose next token is asked for.
         targets: [N] token ids.
+        position_ids: [B, L] where a row holds several sequences: each begins at 0; None = they count along the row.
         temperature: divides the logits.
         entropy: also the entropies.
         correct: also whether the target is the likeliest token.
@@ -47,12 +49,13 @@ def chosen_tokens(
     network = model.module if isinstance(model, DistributedDataParallel) else model
     after = after_head(network)
     ask: Any = {"temperature": temperature, "entropy": entropy, "correct": correct}
+    inputs = {"input_ids": ids, "use_cache": False} | ({} if position_ids is None else {"position_ids": position_ids})
     if after is None:
         if hidden:
             raise ValueError(
                 f"{type(network).__name__} does more to its logits than to scale and cap them: no head can share it"
             )
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(**inputs).logits
         return chosen_from_logits(logits.flatten(0, 1).index_select(0, positions), targets, **ask)
     head = network.get_output_embeddings()
     own_forward = head.forward
@@ -61,7 +64,7 @@ def chosen_tokens(
         found = _judge(head, own_forward, after, rows, targets, **ask)
         return found._replace(hidden=rows) if hidden else found
 
-    return Chosen(*_at_head(model, positions, judge, input_ids=ids, use_cache=False))
+    return Chosen(*_at_head(model, positions, judge, **inputs))
 
 
 def head_inputs(network: Any, positions: Tensor, **inputs: Any) -> Tensor:

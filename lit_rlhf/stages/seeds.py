@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-STREAMS = ("sampling", "shuffling", "dropout", "validation", "initialisation")
+STREAMS = ("sampling", "shuffling", "dropout", "noise", "validation", "initialisation")
 
 
 def seed_for(seed: int, stream: str, *counters: int) -> int:

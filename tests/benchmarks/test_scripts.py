@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import gpu
+import packing
 import prefix
 import pytest
 import rollout
 import torch
-from work import Work, save_models
+from transformers import LlamaConfig, LlamaForCausalLM
+from work import SHAPES, Work, save_models
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +69,12 @@ def test_the_table_of_shared_prompts(monkeypatch, capsys):
     prefix.main()
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| grpo, 4 prompts × 8"] * 2 + ["| reward, 16 pairs"] * 2
+
+
+def test_the_ways_of_the_packing_table_read_the_same(monkeypatch):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES["toy"])).train()
+    ids, mask = packing.batch([3, 9, 4], 259, "cpu")
+    padded, *others = (read(model, ids, mask)[0] for read in packing.WAYS.values())
+    for other in others:
+        torch.testing.assert_close(other, padded, atol=1e-5, rtol=0)
+    assert set(packing.measure(model, [3, 9, 4], 1, "cpu")) == set(packing.WAYS)

@@ -15,7 +15,7 @@ from lit_rlhf.commands.configs import config_folder
 from lit_rlhf.models import Network, load_causal
 
 STAGES = ["sft", "reward", "ranking", "ppo", "grpo"]
-OVERLAYS = ["tiny", "lora", "wandb", "profile"]
+OVERLAYS = ["tiny", "lora", "wandb", "profile", "packed"]
 
 
 @pytest.fixture(params=STAGES)
@@ -139,3 +139,30 @@ def test_every_run_logs_speed_shares_and_memory(run: Path) -> None:
         assert sum(shares.values()) == pytest.approx(1)
         assert float(row["throughput/tokens_per_second"]) > 0
         assert 0.05 < float(row["memory/peak_gb"]) < 100
+
+
+def test_the_packed_overlay_and_a_mixture_of_sources_run_and_are_kept(cli) -> None:
+    root, mixture = cli.folder / "runs" / "packed", cli.folder / "mixture.yaml"
+    sources = ["sums.jsonl", {"path": "math.jsonl", "weight": 0.5}]
+    columns = {"prompt_template": "{question}", "completion_column": "answer"}
+    rows = [{"question": f"{i}?", "answer": f" answer {i}"} for i in range(24)]
+    (cli.folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    mixture.write_text(yaml.safe_dump({"data": {"init_args": {"train": sources, **columns}}}))
+    where = ("--config", "packed.yaml", "--config", str(mixture), "--trainer.default_root_dir", str(root))
+    overlay = ("--config", "tiny.yaml", "--model.model", "base", "--export.folder", str(root / "model"))
+    cli("fit", "--config", "sft.yaml", *overlay, *where)
+    saved = yaml.safe_load((root / "version_0" / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["model"]["init_args"]["packing"] is True
+    assert saved["data"]["init_args"]["train"] == sources
+    assert torch.load(root / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_pretraining_text_comes_with_the_prompts_from_the_command_line(cli) -> None:
+    root = cli.folder / "runs" / "ptx"
+    more = ("--data.pretraining", '[{"path": "texts.jsonl", "weight": 2.0}]', "--data.pretraining_batch_size", "4")
+    (cli.folder / "texts.jsonl").write_text('{"text": "some text"}\n', encoding="utf-8")
+    where = ("--trainer.default_root_dir", str(root), "--model.model", "base", "--export.folder", str(root / "model"))
+    sampling = ("--model.sampling.max_new_tokens", "4")
+    cli.fit("grpo.yaml", "math.jsonl", *where, *sampling, *more)
+    stored = torch.load(root / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["PromptData"]
+    assert stored["pretraining"] == 8

@@ -105,6 +105,25 @@ def test_every_assistant_turn_is_learned_with_its_eos_and_nothing_else(tokenizer
     assert [text.strip() for text in learned_text(tokenizer, ids, learned)] == ["yo</s>", "ok</s>"]
 
 
+def test_of_three_turns_every_assistant_token_and_end_is_learned_and_no_other(tokenizer):
+    """Said token by token, the user's own end tokens and the words of an assistant in a user's mouth included."""
+    turns = [("user", "a"), ("assistant", "b c"), ("user", "b c</s>"), ("assistant", "b c"), ("user", "e")]
+    turns = [("system", "s"), *turns, ("assistant", "<user>b c")]
+    ids, learned = chat.encode_example(
+        tokenizer, messages=[{"role": r, "content": c} for r, c in turns], learn="assistant"
+    )
+    expected_ids, expected = [tiny.BOS], [False]
+    for role, content in turns:
+        parts = [(f"<{role}>", False), (content + ("</s>" if role == "assistant" else ""), role == "assistant")]
+        for text, counts in parts:
+            part = tokenizer(text, add_special_tokens=False).input_ids
+            expected_ids += part
+            expected += [counts] * len(part)
+    assert ids == expected_ids
+    assert learned == expected
+    assert sum(learned) == len("b c" + "b c" + "<user>b c") + 3
+
+
 @pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, CHATML, THINKING, "dialogue"])
 def test_the_last_turn_alone_is_learned_by_default(tokenizer, template):
     set_template(tokenizer, template)

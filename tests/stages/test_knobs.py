@@ -28,7 +28,7 @@ IN_THEIR_OWN_TESTS = {
         *("group_size", "groups", "advantages", "truncated", "updates", "kl", "clip", "correction", "aggregation"),
         *("entropy", "refresh_reference", "ema", "seed"),
     },
-    "SFT": {"model", "rewards"},
+    "SFT": {"model", "packing", "neftune_alpha", "rewards"},
     "RewardModeling": {"model", "loss", "margin", "label_smoothing", "center", "normalize"},
 }
 HERE = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import arena
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from lit_rlhf.batch import Examples
+from lit_rlhf.data import SFTData
 from lit_rlhf.models import Lora, Network, load_scalar, save_scalar
 from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.rewards import RewardModel
@@ -168,3 +171,78 @@ def test_a_reward_model_judges_and_is_in_no_checkpoint(model_folder, tmp_path):
     kept = torch.load(tmp_path / "sft.ckpt", weights_only=True)["state_dict"]
     assert {key.split(".")[0] for key in kept} == {"policy", "tokens"}
     assert SFT.load_from_checkpoint(tmp_path / "sft.ckpt").rewards is None
+
+
+def test_packing_changes_rows_and_passes_but_no_number(model_folder):
+    """Loss, step, counts and validation are those of one example a row, also under noise."""
+    results = []
+    for packing in (False, True):
+        stage = sft(model_folder, optim=Optim(lr=1.0, eps=1.0), sample_prompts=0, packing=packing, neftune_alpha=5.0)
+        log, read = arena.Log(), list[torch.Size]()
+        hook = stage.policy.model.register_forward_pre_hook
+        hook(lambda _, args, kwargs, read=read: read.append(kwargs["input_ids"].shape), with_kwargs=True)
+        run = arena.fit(stage, [arena.examples(8)], [arena.examples(8, seed=3)], callbacks=[log])
+        held_out = {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("val/")}
+        results.append((read[-1], arena.weights(stage), log.rows[0], held_out))
+    (_, plain_weights, plain_row, plain_held_out), (shape, weights, row, held_out) = results
+    assert shape[0] < 8
+    torch.testing.assert_close(weights, plain_weights, atol=1e-5, rtol=0)
+    assert row == pytest.approx(plain_row, rel=1e-5)
+    assert held_out == pytest.approx(plain_held_out, rel=1e-3)  # of weights that differ in the last bits
+
+
+def test_a_model_that_cannot_be_packed_stops_the_run_by_name(tmp_path):
+    config = MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    stage = sft(str(tmp_path), packing=True, network=Network(attention="eager"))
+    with pytest.raises(ValueError, match=r"MambaForCausalLM lets examples .* set packing: false"):
+        arena.fit(stage, [arena.examples(4)])
+
+
+def test_neftune_noise_moves_the_loss_and_not_the_validation(model_folder):
+    losses, held_out = [], set()
+    for alpha in (0.0, 5.0, 15.0, 5.0):
+        stage = sft(model_folder, optim=Optim(lr=0.0), sample_prompts=0, neftune_alpha=alpha)
+        log = arena.Log()
+        run = arena.fit(stage, [arena.examples(8)], [arena.examples(8, seed=3)], callbacks=[log])
+        losses.append(log.rows[0]["loss"])
+        held_out.add(float(run.callback_metrics["val/loss"]))
+        assert not stage.policy.model.embed_tokens._forward_hooks
+    assert len(set(losses)) == 3
+    assert losses[1] == losses[3]
+    assert len(held_out) == 1
+
+
+def test_every_batch_has_noise_and_dropout_of_its_own(model_folder):
+    """At a learning rate of 0 equal batches differ only in what is drawn, also those of one accumulated step."""
+    for knobs in ({"neftune_alpha": 5.0}, {"network": Network(residual_dropout=0.2)}):
+        log = arena.Log()
+        stage = sft(model_folder, optim=Optim(lr=0.0), **knobs)
+        arena.fit(stage, [arena.examples(4)] * 4, callbacks=[log], accumulate_grad_batches=2)
+        assert len({row["loss"] for row in log.rows}) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_resumed_run_draws_the_same_noise_and_dropout(steps, model_folder, tmp_path):
+    """Bitwise, within an accumulated epoch, whatever else the resuming process drew."""
+    knobs = {"neftune_alpha": 5.0, "network": Network(residual_dropout=0.2, dropout=0.1, lora=Lora(r=4, dropout=0.1))}
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in range(2, 10)))
+    callback = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    settings, rows_of_two = {"accumulate_grad_batches": 2, "max_epochs": 2}, {"val_fraction": 0, "batch_size": 2}
+    ckpt = tmp_path / f"step={steps}.ckpt"
+    whole, again = sft(model_folder, **knobs), sft(model_folder, **knobs)
+    arena.trainer(callbacks=[callback], enable_checkpointing=True, **settings).fit(
+        whole, datamodule=SFTData(str(source), **rows_of_two)
+    )
+    torch.rand(7)
+    arena.trainer(**settings).fit(again, datamodule=SFTData(str(source), **rows_of_two), ckpt_path=ckpt)
+    torch.testing.assert_close(arena.weights(again), arena.weights(whole), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("inf"), float("nan")])
+def test_noise_of_no_sensible_size_is_refused(alpha, model_folder):
+    with pytest.raises(ValueError, match="neftune_alpha is"):
+        sft(model_folder, neftune_alpha=alpha)
