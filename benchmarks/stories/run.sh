@@ -5,6 +5,8 @@
 #
 # DATA holds models/{stories260K,stories15M} and sft/tinystories_{train,val}.jsonl.gz. MODEL is one of the two.
 # STEP: prompts, before, sft, after, pairs, reward, start, ppo, grpo, words, topic, texts; `all` makes them all for SEED.
+# Further: ptx, dr-grpo, rloo, dapo (other algorithms, the same reward model and number of responses as ppo and grpo);
+# perplexity (of held-out stories, under SFT and every policy of SEED that is there).
 # Results land in OUT/MODEL/STEP (RL: STEP_SEED); benchmarks/stories/report.py reads them.
 set -euo pipefail
 data=$1 out=$2/$3 base=$1/models/$3 name=$3 step=$4 seed=${5:-0}
@@ -63,6 +65,28 @@ case $step in
   grpo) # the same reward, the same number of responses
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size $groups ;;
+  ptx) # PPO, and the stories themselves go on being learned
+    lit-rlhf fit --config "$here/ppo.yaml" $rl --model.critic "$out/reward/model" --model.rewards "[$model, $gold]" \
+      --model.reward_weights '[1, 0]' --data.batch_size $batch --model.ptx_coef 1.0 \
+      --data.pretraining "$data/sft/tinystories_train.jsonl.gz" --data.pretraining_batch_size 32 \
+      --data.pretraining_length 256 ;;
+  dr-grpo) # no division by the group's spread or by the length
+    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
+      --data.batch_size $groups --model.advantages.scale none --model.aggregation fixed_length ;;
+  rloo) # against the others of the group; the KL of the whole response is taken off its score
+    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
+      --data.batch_size $groups --model.advantages.baseline leave_one_out --model.advantages.scale none \
+      --model.kl.place score --model.kl.estimator k1 ;;
+  dapo) # no KL, wider above, a mean over tokens, groups without signal replaced
+    lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
+      --data.batch_size $((groups + groups / 2)) --model.groups $groups --model.kl.coef 0 --model.clip.high 0.28 \
+      --model.aggregation token_mean --model.updates.minibatches 4 ;;
+  perplexity) # what became of the language: held-out stories under each policy
+    for policy in sft ppo_$seed ptx_$seed grpo_$seed dr-grpo_$seed rloo_$seed dapo_$seed; do
+      test -e "$out/$policy/model" || continue
+      lit-rlhf validate --config "$here/sft.yaml" --model.model "$out/$policy/model" $stories --data.max_length $context \
+        --data.val_limit 200 --model.sample_prompts 0 --trainer.default_root_dir "$out/perplexity/$policy"
+    done ;;
   words) # a verifiable reward: use the given words, the same for every story; gold is watched here too
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$given, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size 8 --model.updates.epochs 2 --model.updates.minibatches 2 --model.kl.coef $words_kl ;;
