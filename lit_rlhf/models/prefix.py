@@ -100,9 +100,10 @@ def shared_prompts(rollout: Rollout) -> Shared | None:
     which = number_rows(rollout.prompt_ids, rollout.prompt_mask)
     if not len(which) or int(which.max()) + 1 == len(which):
         return None
-    ids, _ = to_left_edge(rollout.input_ids, rollout.input_mask, but_last=True)
     first = first_of_each(which)
     prefix, lengths = torch.stack([rollout.prompt_mask.sum(dim=1), rollout.lengths]).cpu()
+    # Where a response counts for nothing the row's last token is its prompt's, which is read for the others.
+    ids, _ = to_left_edge(rollout.input_ids, rollout.input_mask, but_last=bool(lengths.min() > 0))
     shared = Shared(ids, which, first, prefix[first], (lengths - 1).clamp(min=0))
     cheaper = shared.cost < ids.numel() + shared.overhead
     return shared if cheaper and int(prefix.min()) > 0 else None

@@ -199,6 +199,16 @@ def test_responses_of_one_token_and_holes_in_a_response():
         assert_same(both_ways(model, lambda r=one: token_logprobs(model, r)))
 
 
+def test_responses_that_count_for_nothing_are_no_reason_to_cut_their_prompt():
+    """Masked out as truncated: all answers to the longest prompt, and all answers at all."""
+    model, rollout = tiny.tiny_llama(), answers()
+    longest = rollout.prompt_mask.sum(dim=1) == int(rollout.prompt_mask.sum(dim=1).max())
+    some = rollout.with_(mask=rollout.mask & ~longest[:, None] & (torch.arange(12) < 2))
+    assert shared_prompts(some) is not None
+    assert_same(both_ways(model, lambda: token_logprobs(model, some)))
+    assert not token_logprobs(model, rollout.with_(mask=torch.zeros_like(rollout.mask))).any()
+
+
 def test_bf16_autocast_stays_finite_and_near():
     model, rollout = tiny.tiny_llama(), answers()
     with torch.autocast("cpu", torch.bfloat16):
