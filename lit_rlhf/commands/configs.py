@@ -40,4 +40,4 @@ def configs() -> None:
     print(folder)
     for path in sorted(folder.glob("*.yaml")):
         title = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        print(f"  {path.name:<12} {title}")
+        print(f"  {path.name:<22} {title}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
@@ -27,8 +28,16 @@ def explore(stage: GRPO, batch: Prompts) -> Rollout:
 
     Returns:
         A rollout of ``groups`` × G rows with scores.
+
+    Raises:
+        MisconfigurationException: the batch has fewer prompts than ``groups``.
     """
     group, used = stage.group_size, stage.groups or len(batch)
+    if used > len(batch):
+        raise MisconfigurationException(
+            f"model.groups={used} prompts make a rollout, but a batch of this process has {len(batch)}: set "
+            f"data.batch_size to {used} or more; those above are the further prompts of dynamic sampling."
+        )
     rollout = judge(stage, stage.sample(batch.select(torch.arange(used))))
     replaced = 0
     while used < len(batch):

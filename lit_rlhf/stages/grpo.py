@@ -31,6 +31,7 @@ from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.fresh import explore
+from lit_rlhf.stages.guards import refuse_steps, refuse_unseen
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
@@ -109,6 +110,7 @@ class GRPO(InnerLoop):
         self.entropy = revive(Entropy, entropy)
         self.correction = revive(Correction, correction) if correction else None
         self.missing_eos = revive(MissingEOS, missing_eos) if missing_eos else None
+        refuse_unseen(self.advantages, self.kl, self.missing_eos)
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
         self.reference = Reference(self.policy, dtype=frozen_dtype) if self.kl.needs_reference else None
@@ -169,6 +171,7 @@ class GRPO(InnerLoop):
     def compare(self, rollout: Rollout, scores: Tensor) -> Tensor:
         """Advantage of each response [B] from its score."""
         if self.advantages.mix == "normalize_then_sum":
+            refuse_steps(rollout)
             return normalize_then_sum(*self.rewards.weighed(rollout), self.group_size, over_ranks=self.sum_over_ranks)
         baseline, scale = self.advantages.baseline, self.advantages.scale
         return baseline_advantages(

@@ -1,9 +1,13 @@
-"""Trainer settings that would quietly train something else, refused with what to use instead."""
+"""Settings that would quietly train something else, refused with what to use instead."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_rlhf.batch import Rollout
+from lit_rlhf.rewards import MissingEOS
+from lit_rlhf.stages.settings import KL, Advantages
 
 
 def refuse_half_precision_weights(trainer: Trainer) -> None:
@@ -30,4 +34,33 @@ def refuse_accumulation(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "trainer.accumulate_grad_batches would accumulate over rollouts. To bound memory set "
             "model.updates.micro_batch_tokens: it splits a minibatch without changing the result."
+        )
+
+
+def refuse_unseen(advantages: Advantages, kl: KL, missing_eos: MissingEOS | None) -> None:
+    """Refuse what changes the sum of the rewards where each is compared by itself and the sum is never read.
+
+    Raises:
+        ValueError: ``advantages.mix`` is "normalize_then_sum" beside a KL in the score or a ``missing_eos``.
+    """
+    if advantages.mix != "normalize_then_sum":
+        return
+    for knob, given in (("kl.place='score'", kl.needs_reference and kl.place == "score"), ("missing_eos", missing_eos)):
+        if given:
+            raise ValueError(
+                f"advantages.mix='normalize_then_sum' compares each reward by itself and would never see {knob}: put "
+                "the KL into the reward or the loss, and the price of being cut off into a reward of its own."
+            )
+
+
+def refuse_steps(rollout: Rollout) -> None:
+    """Refuse rewards that judge steps where each reward is compared by itself: they would count twice.
+
+    Raises:
+        MisconfigurationException: a reward judged steps.
+    """
+    if rollout.step_scores is not None:
+        raise MisconfigurationException(
+            "advantages.mix='normalize_then_sum' compares whole responses, but a reward returned Steps: return "
+            "numbers, or take advantages.mix='sum_then_normalize'."
         )

@@ -262,8 +262,8 @@ def test_the_door_of_a_checkout(cli, sft_run: Path) -> None:
 
 
 def test_the_sft_checkpoint_with_the_best_score_is_kept(cli, reward_run: Path) -> None:
-    """The overlay of docs/algorithms-reward.md as it stands there, with three validations."""
-    text = (ROOT / "docs" / "algorithms-reward.md").read_text(encoding="utf-8")
+    """The overlay of docs/algorithms.md as it stands there, with three validations."""
+    text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
     (overlay,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     (cli.folder / "by_score.yaml").write_text(overlay, encoding="utf-8")
     more = ("--model.sampling.max_new_tokens", "4", "--model.optim.lr", "1e-2", "--trainer.max_steps", "3")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from recipes import RECIPES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.commands.configs import config_folder
@@ -29,7 +30,7 @@ def steps(run: Path) -> list[dict[str, str]]:
 
 
 def test_every_shipped_config_is_run_here() -> None:
-    assert sorted(path.stem for path in config_folder().glob("*.yaml")) == sorted(STAGES + OVERLAYS)
+    assert sorted(path.stem for path in config_folder().glob("*.yaml")) == sorted([*STAGES, *OVERLAYS, *RECIPES])
 
 
 def test_two_steps_are_logged_and_validated(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands of docs/algorithms-reward.md name configs, options and classes that there are."""
+"""The commands of docs/algorithms.md name configs, options and classes that there are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from lit_rlhf.cli import command
 
-TEXT = (Path(__file__).parents[2] / "docs" / "algorithms-reward.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 BLOCKS = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)).replace("\\\n", " ")
 COMMANDS = [line.strip() for line in BLOCKS.splitlines() if line.strip().startswith("lit-rlhf")]
 

@@ -6,10 +6,11 @@ import arena
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf.models import Lora, Network, token_logprobs
 from lit_rlhf.objectives import importance_weights, rewards_to_go, token_rewards
-from lit_rlhf.rewards import Steps
+from lit_rlhf.rewards import MissingEOS, Steps
 from lit_rlhf.rollout import GenerateSampler, Sampling
 from lit_rlhf.stages import GRPO, KL, PPO, Advantages, Clip, Correction, Entropy, Optim, Updates
 from lit_rlhf.stages.fresh import _with_replacements
@@ -77,6 +78,20 @@ def test_rewards_normalised_each_before_they_are_summed(model_folder):
     total = torch.stack(each).sum(dim=0).flatten()
     expected = (total - total.mean()) / (total.std() + 1e-4)
     torch.testing.assert_close(rollout.advantages, expected[:, None] * rollout.mask, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("unseen", [{"kl": KL(0.1, "k1", "score")}, {"missing_eos": MissingEOS(), "kl": KL(0.0)}])
+def test_what_changes_the_sum_of_rewards_is_refused_where_each_is_compared_by_itself(unseen, model_folder):
+    with pytest.raises(ValueError, match=r"normalize_then_sum.* never see (kl\.place|missing_eos)"):
+        grpo(model_folder, advantages=Advantages(mix="normalize_then_sum"), **unseen)
+    grpo(model_folder, advantages=Advantages(), **unseen)
+    grpo(model_folder, advantages=Advantages(mix="normalize_then_sum"), kl=KL(0.0, "k1", "score"))
+
+
+def test_rewards_of_steps_are_refused_where_they_would_count_twice(model_folder):
+    stage = grpo(model_folder, [step_judge, arena.low_ids], advantages=Advantages(mix="normalize_then_sum"))
+    with pytest.raises(MisconfigurationException, match="a reward returned Steps"):
+        filled(stage)
 
 
 def step_judge(prompts, completions, completion_ids, **_):
@@ -193,6 +208,11 @@ def test_groups_that_find_no_replacement_stay(model_folder):
     assert (logged[0]["groups/replaced"], logged[0]["groups/unused_prompts"]) == (0, 0)
     assert logged[0]["groups/zero_std_fraction"] == 1
     assert _with_replacements(torch.tensor([True, True]), torch.tensor([True, False]), 2).tolist() == [6, 7, 2, 3]
+
+
+def test_more_groups_than_prompts_are_refused(model_folder):
+    with pytest.raises(MisconfigurationException, match=r"model\.groups=3 .* has 2: set data\.batch_size to 3 or more"):
+        filled(grpo(model_folder, groups=3), [arena.prompts(2)])
 
 
 def test_signal_is_told_with_a_tolerance(model_folder):
