@@ -67,20 +67,20 @@ case $step in
       --data.batch_size $groups ;;
   ptx) # PPO, and the stories themselves go on being learned
     lit-rlhf fit --config "$here/ppo.yaml" $rl --model.critic "$out/reward/model" --model.rewards "[$model, $gold]" \
-      --model.reward_weights '[1, 0]' --data.batch_size $batch --model.ptx_coef 1.0 \
+      --model.reward_weights '[1, 0]' --data.batch_size $batch --model.ptx_coef 1.0 --trainer.val_check_interval $steps \
       --data.pretraining "$data/sft/tinystories_train.jsonl.gz" --data.pretraining_batch_size 32 \
       --data.pretraining_length 256 ;;
   dr-grpo) # no division by the group's spread or by the length
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
-      --data.batch_size $groups --model.advantages.scale none --model.aggregation fixed_length ;;
+      --data.batch_size $groups --model.advantages.scale none --model.aggregation fixed_length --trainer.val_check_interval $steps ;;
   rloo) # against the others of the group; the KL of the whole response is taken off its score
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size $groups --model.advantages.baseline leave_one_out --model.advantages.scale none \
-      --model.kl.place score --model.kl.estimator k1 ;;
+      --model.kl.place score --model.kl.estimator k1 --trainer.val_check_interval $steps ;;
   dapo) # no KL, wider above, a mean over tokens, groups without signal replaced
     lit-rlhf fit --config "$here/grpo.yaml" $rl --model.rewards "[$model, $gold]" --model.reward_weights '[1, 0]' \
       --data.batch_size $((groups + groups / 2)) --model.groups $groups --model.kl.coef 0 --model.clip.high 0.28 \
-      --model.aggregation token_mean --model.updates.minibatches 4 ;;
+      --model.aggregation token_mean --model.updates.minibatches 4 --trainer.val_check_interval $steps ;;
   perplexity) # what became of the language: held-out stories under each policy
     for policy in sft ppo_$seed ptx_$seed grpo_$seed dr-grpo_$seed rloo_$seed dapo_$seed; do
       test -e "$out/$policy/model" || continue

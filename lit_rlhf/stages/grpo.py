@@ -160,7 +160,9 @@ class GRPO(InnerLoop):
             credit = relative.unsqueeze(1) * mask
         if rollout.step_scores is not None and rollout.step_ends is not None:
             credit = credit + step_advantages(
-                rollout.step_scores, rollout.step_ends, mask, self.group_size, scale=self.advantages.scale
+                *(rollout.step_scores, rollout.step_ends, mask, self.group_size),
+                scale=self.advantages.scale,
+                over_ranks=self.sum_over_ranks,
             )
         if self.advantages.whiten:
             credit = masked_whiten(credit, mask, over_ranks=self.sum_over_ranks)
