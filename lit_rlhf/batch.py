@@ -206,7 +206,8 @@ class Rollout:
         for f in dataclasses.fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(mine, Tensor):
-                joined[f.name] = _stacked(mine, theirs, left=f.name.startswith("prompt_"))
+                nothing = -1 if f.name == "step_ends" else 0
+                joined[f.name] = _stacked(mine, theirs, left=f.name.startswith("prompt_"), nothing=nothing)
             elif isinstance(mine, tuple):
                 joined[f.name] = mine + theirs
             elif isinstance(mine, dict):
@@ -218,12 +219,12 @@ def _appended(mine: Any, theirs: Any) -> Any:
     return _stacked(mine, theirs) if isinstance(mine, Tensor) else mine + theirs
 
 
-def _stacked(mine: Tensor, theirs: Tensor, left: bool = False) -> Tensor:
-    """Rows of both; the columns that one lacks are 0, which no mask counts."""
+def _stacked(mine: Tensor, theirs: Tensor, left: bool = False, nothing: int = 0) -> Tensor:
+    """Rows of both; the columns that one lacks hold ``nothing``."""
     if mine.dim() > 1 and mine.shape[1] != theirs.shape[1]:
         width = max(mine.shape[1], theirs.shape[1])
         mine, theirs = (
-            torch.nn.functional.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1]))
+            torch.nn.functional.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1]), value=nothing)
             for x in (mine, theirs)
         )
     return torch.cat([mine, theirs])

@@ -120,7 +120,7 @@ def penalized_policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    kl_penalty: float,
+    kl_penalty: float | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weigh each token's advantage by how much likelier the token has become, at a price for moving (PPO with KL).
 

@@ -158,8 +158,9 @@ class Rewards(nn.Module):
         # Added up, not left over: rounding in a difference would look like a signal once a group is scaled.
         whole = torch.zeros_like(scores)
         for name, values in parts.items():
-            if name not in steps:
-                whole = whole + values.nan_to_num(nan=0.0) * weights[name]
+            is_whole = [said is None for said in steps[name]] if name in steps else [True] * len(values)
+            values = torch.where(torch.tensor(is_whole, device=values.device), values.nan_to_num(nan=0.0), 0.0)
+            whole = whole + values * weights[name]
         return rollout.with_(outcomes=whole, step_scores=of_steps, step_ends=ends)
 
     def weighed(self, rollout: Rollout) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.stages.measure import without_signal
-from lit_rlhf.stages.reading import judge
+from lit_rlhf.stages.reading import judge, with_steps
 
 if TYPE_CHECKING:
     from lit_rlhf.stages.grpo import GRPO
@@ -20,7 +20,9 @@ def explore(stage: GRPO, batch: Prompts) -> Rollout:
     """Answer and judge the first ``groups`` prompts of a batch; then replace groups without signal by further ones.
 
     The further prompts are the rest of the same batch, so where the data stands never depends on scores, and a group
-    that finds no replacement stays. All processes go through as many rounds, each with as many prompts.
+    that finds no replacement stays. All processes go through as many rounds, each with as many prompts: as the one with
+    the most silent groups needs. Each fills its own places, so a run on two processes replaces other groups than a run
+    on one, unless all find a replacement in the same round.
 
     Args:
         stage: GRPO; all prompts are answered where its ``groups`` is null.
@@ -47,6 +49,8 @@ def explore(stage: GRPO, batch: Prompts) -> Rollout:
             break
         fresh = judge(stage, stage.sample(batch.select(torch.arange(used, used + more)), first=used))
         rows = _with_replacements(silent, without_signal(fresh.scores, group), group)
+        if rollout.step_scores is not None or fresh.step_scores is not None:
+            rollout, fresh = with_steps(rollout), with_steps(fresh)
         rollout = rollout.join(fresh).select(rows)
         replaced, used = replaced + int((rows >= silent.numel() * group).sum()) // group, used + more
     if stage.groups is not None:

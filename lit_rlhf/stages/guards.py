@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -22,6 +24,24 @@ def refuse_half_precision_weights(trainer: Trainer) -> None:
             f"precision={precision} keeps weights and optimizer state in half precision: rotary tables lose digits "
             "and small updates round to nothing. Use precision='bf16-mixed'; frozen networks may be bfloat16."
         )
+
+
+def run_length(trainer: Trainer, knob: str) -> float:
+    """Optimizer steps of the whole run (in RL: rollouts).
+
+    Args:
+        trainer: of the run.
+        knob: the setting that asks, for the error.
+
+    Raises:
+        MisconfigurationException: the run has no end.
+    """
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        raise MisconfigurationException(
+            f"{knob} needs to know where the run ends: set trainer.max_steps or trainer.max_epochs."
+        )
+    return total
 
 
 def refuse_accumulation(trainer: Trainer) -> None:

@@ -8,7 +8,6 @@ There is no algorithm in this file.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,19 +16,18 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models import Average, Reference, can_share, forget_in_checkpoints, keep_adapters_only
-from lit_rlhf.rewards import MissingEOS, Rewards
+from lit_rlhf.models import Average, can_share, forget_in_checkpoints, keep_adapters_only
+from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
 from lit_rlhf.stages.optim import clip_gradients
 from lit_rlhf.stages.penalties import steer_penalty
 from lit_rlhf.stages.seeds import seed_for
-from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy
+from lit_rlhf.stages.settings import KL, Clip
 from lit_rlhf.stages.updates import Plan, Updates
 
 
@@ -48,13 +46,9 @@ class InnerLoop(LightningModule):
     policy: Any
     tokenizer: Any
     rewards: Rewards
-    missing_eos: MissingEOS | None
-    reference: Reference | None
     average: Average | None
     kl: KL
     clip: Clip
-    entropy: Entropy
-    correction: Correction | None
     kl_coef: Tensor
     clip_penalty: Tensor
     episodes: Tensor
@@ -77,6 +71,9 @@ class InnerLoop(LightningModule):
             networks: names of the networks that train; under LoRA a checkpoint holds their adapters and heads only.
         """
         self.rewards.bind(self.tokenizer)
+        # Equal on all processes as it is; DDP would send it round before every forward pass.
+        own = [] if self.average is None else [f"average.{name}" for name, _ in self.average.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = own
         forget_in_checkpoints(self, ("rewards",) if self.refreshes_reference else ("reference", "rewards"))
         keep_adapters_only(self, networks)
         for weight, first in (("kl_coef", self.kl.coef), ("clip_penalty", self.clip.penalty)):
@@ -107,10 +104,14 @@ class InnerLoop(LightningModule):
         started = time.perf_counter()
         with torch.profiler.record_function(phase):
             yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._wait()
         spent = self.rollout_metrics.get(f"time/{phase}", 0.0)  # a phase may come more than once
         self.rollout_metrics[f"time/{phase}"] = spent + time.perf_counter() - started
+
+    def _wait(self) -> None:
+        """Let the device finish what it was given, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def sample(self, prompts: Prompts, first: int = 0) -> Rollout:
         """Draw ``samples_per_prompt`` responses to each prompt from the policy.
@@ -142,15 +143,6 @@ class InnerLoop(LightningModule):
         """The policy's averaged weights in place of its own, where there are any, as long as the context lasts."""
         return nullcontext() if self.average is None else self.average.standing_in(self.policy)
 
-    def run_length(self, knob: str) -> float:
-        """Rollouts of the whole run; an error that names ``knob``, which asks for it, where the run has no end."""
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < math.inf:
-            raise MisconfigurationException(
-                f"{knob} needs to know where the run ends: set trainer.max_steps or trainer.max_epochs."
-            )
-        return total
-
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def optimizer_step(
@@ -170,6 +162,7 @@ class InnerLoop(LightningModule):
             steer_penalty(self, self.updates.mean_metrics(step)["policy/old_kl"])
         if self.average is not None:
             self.average.update(self.policy)
+        self._wait()
         sampled = self.rollout_metrics["time/rollout"] + self.rollout_metrics["time/score"]
         self.rollout_metrics["time/update"] = time.perf_counter() - started - sampled
         self._log_rollout()
@@ -218,21 +211,20 @@ class InnerLoop(LightningModule):
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """Average over the processes; itself where there is one."""
-        if self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean")
+        return self._over_ranks(value, "mean")
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Add up over the processes; itself where there is one."""
-        if self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
+        return self._over_ranks(value, "sum")
 
     def max_over_ranks(self, value: Tensor) -> Tensor:
         """The largest over the processes, elementwise; itself where there is one."""
+        return self._over_ranks(value, "max")
+
+    def _over_ranks(self, value: Tensor, how: str) -> Tensor:
         if self.trainer.world_size == 1:
             return value
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="max")
+        return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op=how)  # it works in place
 
     def _log_rollout(self) -> None:
         """Everything that was learned about this rollout, in one all-reduce and one call."""

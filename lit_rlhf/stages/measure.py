@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import evaluating, token_logprobs
-from lit_rlhf.objectives import kl_estimate, masked_mean
+from lit_rlhf.objectives import explained_variance, kl_estimate, masked_mean
 from lit_rlhf.stages.seeds import seed_for
 
 if TYPE_CHECKING:
@@ -76,6 +76,26 @@ def group_metrics(scores: Tensor, group_size: int) -> dict[str, Tensor]:
 def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """KL(π‖π_ref) in nats a response, estimated by k1 on samples of π: the mean over rows of Σₜ (log π − log π_ref)."""
     return kl_estimate(logprobs, ref_logprobs, "k1").mul(mask).sum(dim=1).mean()
+
+
+def objective_metrics(rollout: Rollout, kl_coef: float) -> dict[str, Tensor]:
+    """What PPO maximises and what it pays for it, and how much of the returns the critic foresaw.
+
+    Args:
+        rollout: with scores, log-probs, values and returns; without a reference the KL is 0.
+        kl_coef: the β of this rollout.
+    """
+    old, scores = rollout.old_logprobs, rollout.scores.mean()
+    kl = sequence_kl(old, old if rollout.ref_logprobs is None else rollout.ref_logprobs, rollout.mask)
+    return {
+        "objective/scores": scores,
+        "objective/kl": kl,
+        "objective/kl_coef": kl.new_tensor(kl_coef),
+        "objective/entropy": -masked_mean(old, rollout.mask),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "value/explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
+    }
 
 
 @torch.no_grad()

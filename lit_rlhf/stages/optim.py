@@ -108,6 +108,21 @@ def configure(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def forget_moments(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Have a group start like new: its moments saw gradients while nothing moved.
+
+    AdamW scales its first steps up by how few there were (Kingma & Ba 2015, alg. 1); moments that have counted steps
+    without gradients would scale them wrongly, by (1 − β₁) / √(1 − β₂).
+
+    Args:
+        optimizer: of `configure`.
+        name: of the group.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["name"] == name else ():
+            optimizer.state.pop(parameter, None)
+
+
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> dict[str, Tensor]:
     """Clip each parameter group by its own norm: in PPO the critic's gradient must not shrink the policy's.
 

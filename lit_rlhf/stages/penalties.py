@@ -19,6 +19,7 @@ from lit_rlhf.objectives import (
     penalized_policy_loss,
     truncated_policy_loss,
 )
+from lit_rlhf.stages.guards import run_length
 from lit_rlhf.stages.settings import Clip
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lit_rlhf.stages.ppo import PPO
 
 
-def improvement(part: Rollout, logprobs: Tensor, clip: Clip, penalty: float) -> tuple[Tensor, dict[str, Tensor]]:
+def improvement(part: Rollout, logprobs: Tensor, clip: Clip, penalty: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Per-token loss [B, T] of the form that ``clip`` names, and its metrics."""
     given = (logprobs, part.old_logprobs, part.advantages, part.mask)
     if clip.form == "penalty":
@@ -61,14 +62,14 @@ def policy_terms(
         [B, T], 0 where the mask is False, and metrics.
     """
     mask = part.mask
-    loss, found = improvement(part, logprobs, stage.clip, float(stage.clip_penalty))
+    loss, found = improvement(part, logprobs, stage.clip, stage.clip_penalty)
     metrics = {f"policy/{key}": metric for key, metric in found.items()}
     metrics["policy/loss"] = masked_mean(loss, mask)
     if part.weights is not None:
         loss = loss * part.weights
     if part.ref_logprobs is not None and stage.kl.place == "loss":
         kl = kl_estimate(logprobs, part.ref_logprobs, stage.kl.estimator).where(mask, 0.0)
-        loss = loss + float(stage.kl_coef) * kl
+        loss = loss + stage.kl_coef * kl  # a tensor: read on the host it would have to be waited for
         metrics["policy/kl_loss"] = masked_mean(kl, mask)
     if entropy is not None:
         loss = loss - entropy_coef(stage) * entropy
@@ -81,7 +82,7 @@ def entropy_coef(stage: PPO | GRPO) -> float:
     start, final = stage.entropy.coef, stage.entropy.final
     if final is None:
         return start
-    done = stage.global_step / stage.run_length("model.entropy.final")
+    done = stage.global_step / run_length(stage.trainer, "model.entropy.final")
     return start + (final - start) * min(done, 1.0)
 
 

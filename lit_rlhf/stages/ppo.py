@@ -14,33 +14,22 @@ from lit_rlhf.models import (
     Dtype,
     Network,
     Reference,
-    evaluating,
     load_causal,
-    load_scalar,
     load_tokenizer,
-    new_value_head,
-    policy_and_values,
     response_values,
     save_folder,
 )
-from lit_rlhf.objectives import (
-    aggregate,
-    clipped_value_loss,
-    explained_variance,
-    generalized_advantages,
-    masked_mean,
-    masked_whiten,
-    token_rewards,
-)
+from lit_rlhf.objectives import aggregate, generalized_advantages, masked_whiten, token_rewards
 from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.critic import appraise, new_critic, read_both, value_terms
 from lit_rlhf.stages.inner_loop import InnerLoop
-from lit_rlhf.stages.measure import answer, judge_held_out, sequence_kl
-from lit_rlhf.stages.optim import Optim, configure
+from lit_rlhf.stages.measure import answer, judge_held_out, objective_metrics
+from lit_rlhf.stages.optim import Optim, configure, forget_moments
 from lit_rlhf.stages.penalties import kl_to_reference, policy_terms, read_policy, steer_kl
 from lit_rlhf.stages.pretraining import pretraining_loss, pretraining_texts
-from lit_rlhf.stages.reading import judge, read, recall
+from lit_rlhf.stages.reading import judge, recall
 from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy, Value
 from lit_rlhf.stages.shaping import ScoreShaping, Shaping, step_rewards
 from lit_rlhf.stages.updates import Updates
@@ -119,21 +108,21 @@ class PPO(InnerLoop):
         self.missing_eos = revive(MissingEOS, missing_eos) if missing_eos else None
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.policy = load_causal(model, network, seed=seed)
-        if self.value.shared:
-            if critic is not None:
-                raise ValueError(f"critic={critic!r} is not read where value.shared makes it a head on the policy")
-            self.critic: Any = new_value_head(self.policy, seed=seed)
-        else:
-            self.critic = load_scalar(critic or model, network, seed=seed)
+        self.critic = new_critic(self, critic, model, network)
         self.reference = Reference(self.policy, dtype=frozen_dtype) if self.kl.needs_reference else None
         self.average = Average(self.policy, ema) if ema is not None else None
         self.rewards = Rewards(rewards, reward_weights)
         self.sampler = sampler or DecodeSampler()
         self.gamma, self.lam, self.ptx_coef, self.whiten_rewards = gamma, lam, ptx_coef, whiten_rewards
-        self.turns = len(self.losses)
-        self.pretraining_seen = torch.zeros(2)  # negative log-likelihood and tokens, of this rollout
+        self.turns, self.pretraining_sum = len(self.losses), torch.zeros(())
         self.samples: list[dict[str, Any]] = []
         self.finish_setup("policy", "critic")
+
+    def on_train_batch_start(self, batch: Prompts, batch_idx: int) -> None:
+        """Refuse what does not divide; where the critic's warm-up ends, the policy's moments start anew."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.global_step == self.value.warmup > 0:
+            forget_moments(self.trainer.optimizers[0], "policy")
 
     # -- the algorithm: prompts → rollout → scores → advantages → loss ---------------------------------------------
 
@@ -142,7 +131,7 @@ class PPO(InnerLoop):
         if self.updates.empty:
             rollout = judge(self, self.sample(batch))  # prompts → responses → scores
             rollout = recall(self, rollout)  # responses → log-probs of policy and reference
-            rollout = self.appraise(rollout)  # responses → values
+            rollout = appraise(self, rollout)  # responses → values
             rollout = self.assess(rollout)  # scores, values → advantages, returns
             self.updates.fill(rollout, self.mean_over_ranks, pretraining_texts(self, batch))
         part = self.updates.next()
@@ -151,20 +140,10 @@ class PPO(InnerLoop):
         return loss
 
     @torch.no_grad()
-    def appraise(self, rollout: Rollout) -> Rollout:
-        """Have the critic, as it is before any update, say what it expects before each token."""
-        with self.timed("score"), evaluating(self.policy, self.critic):
-            if self.value.shared:
-                return rollout.with_(
-                    values=read(self, rollout, lambda p: policy_and_values(self.policy, self.critic, p)[2])
-                )
-            return rollout.with_(values=read(self, rollout, lambda p: response_values(self.critic, p)))
-
-    @torch.no_grad()
     def assess(self, rollout: Rollout) -> Rollout:
         """Turn scores into per-token rewards (− β·KL, the score on the last token), advantages and returns."""
-        mask, old, kl, beta = rollout.mask, rollout.old_logprobs, kl_to_reference(self, rollout), float(self.kl_coef)
-        scores = self.shaping(rollout.scores, self.sum_over_ranks)
+        mask, kl, beta = rollout.mask, kl_to_reference(self, rollout), float(self.kl_coef)
+        scores = self.shaping(rollout, self.sum_over_ranks)
         if self.kl.place == "score":
             scores = scores - beta * kl.sum(dim=1)
         of_steps, scores = step_rewards(rollout, scores)
@@ -173,26 +152,17 @@ class PPO(InnerLoop):
             rewards = masked_whiten(rewards, mask, center=False, over_ranks=self.sum_over_ranks)
         advantages, returns = generalized_advantages(rewards, rollout.values, mask, gamma=self.gamma, lam=self.lam)
         advantages = masked_whiten(advantages, mask, over_ranks=self.sum_over_ranks)
-
-        ref = old if rollout.ref_logprobs is None else rollout.ref_logprobs  # no reference: no distance
-        distance = sequence_kl(old, ref, mask)
-        self.rollout_metrics |= {
-            "objective/scores": rollout.scores.mean(),
-            "objective/kl": distance,
-            "objective/kl_coef": beta,
-            "objective/entropy": -masked_mean(old, mask),
-            "objective/non_score_reward": -beta * distance,
-            "objective/rlhf_reward": rollout.scores.mean() - beta * distance,
-            "value/explained_variance": explained_variance(rollout.values, returns, mask),
-        }
-        steer_kl(self, distance, len(rollout) * self.trainer.world_size)
-        return rollout.with_(rewards=rewards, advantages=advantages, returns=returns)
+        rollout = rollout.with_(rewards=rewards, advantages=advantages, returns=returns)
+        metrics = objective_metrics(rollout, beta)
+        self.rollout_metrics |= metrics
+        steer_kl(self, metrics["objective/kl"], len(rollout) * self.trainer.world_size)
+        return rollout
 
     def loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """L = (L_policy − c_e·H) + c_v·L_value + γ·L_ptx, token means over the step (Schulman et al. 2017, eq. 9).
 
-        What shares no weights takes turns where the strategy allows it: the activations of one network are gone before
-        the other runs.
+        What shares no pass takes turns where the strategy allows it: the activations of one term are gone before the
+        next one's network runs.
         """
         found = [term(part) for term in self.updates.whose_turn(*self.losses)]
         total = torch.stack([loss for loss, _ in found]).sum()
@@ -203,47 +173,37 @@ class PPO(InnerLoop):
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """The terms of the loss, one for each network that shares no weights with the others."""
+        """The terms of the loss, each of which has a pass of its own."""
         own = (self.joint_loss,) if self.value.shared else (self.policy_loss, self.value_loss)
         return (*own, self.ptx_loss) if self.ptx_coef else own
 
     def policy_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_policy − c_e·H (+ β·KL where it is part of the loss); nothing while only the critic learns."""
+        """L_policy − c_e·H (+ β·KL where it is part of the loss)."""
         return self.improve(part, *read_policy(self, part))
 
     def value_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """c_v·L_value of a critic of its own weights."""
+        """c_v·L_value of a critic with weights of its own."""
         return self.fit_values(part, response_values(self.critic, part))
 
     def joint_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """Both, from one pass through the trunk that they share."""
-        logprobs, entropy, values = policy_and_values(
-            self.policy, self.critic, part, temperature=self.sampling.temperature, entropy=self.entropy.counts
-        )
+        logprobs, entropy, values = read_both(self, part)
         (policy, of_policy), (value, of_value) = self.improve(part, logprobs, entropy), self.fit_values(part, values)
         return policy + value, of_policy | of_value
 
     def improve(self, part: Rollout, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Policy loss from what the policy says of the responses, [B, T] each."""
         per_token, metrics = policy_terms(self, part, logprobs, entropy)
-        return self.moves * aggregate(per_token, part.mask, "token_mean", part.step_tokens), metrics
+        return aggregate(per_token, part.mask, "token_mean", part.step_tokens), metrics
 
     def fit_values(self, part: Rollout, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Value loss times its coefficient, from the values [B, T] of the critic being trained."""
-        per_token, found = clipped_value_loss(values, part.values, part.returns, part.mask, clip=self.value.clip)
-        metrics = {f"value/{key}": metric for key, metric in found.items()}
-        metrics["value/loss"] = masked_mean(per_token, part.mask)
+        per_token, metrics = value_terms(self, part, values)
         return self.value.coef * aggregate(per_token, part.mask, "token_mean", part.step_tokens), metrics
 
     def ptx_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """γ·L_ptx; nothing while only the critic learns."""
-        loss, metrics = pretraining_loss(self, part)
-        return self.moves * loss, metrics
-
-    @property
-    def moves(self) -> float:
-        """1 where the policy learns too, 0 during the critic's warm-up."""
-        return float(self.global_step >= self.value.warmup)
+        """γ·L_ptx over the pretraining texts of this part."""
+        return pretraining_loss(self, part)
 
     # -- Lightning --------------------------------------------------------------------------------------------------
 
@@ -258,7 +218,7 @@ class PPO(InnerLoop):
         return answer(self, batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
-        """One AdamW with a group each for policy and critic."""
+        """One AdamW with a group each for policy and critic; during the critic's warm-up the policy's rate is 0."""
         critic_lr = self.value.lr if self.value.lr is not None else self.optim.lr
         groups = {
             "policy": (self.policy.parameters(), self.optim.lr),

@@ -30,7 +30,7 @@ def pretraining_texts(stage: PPO, batch: Prompts) -> Examples | None:
             f"model.ptx_coef={stage.ptx_coef} learns pretraining texts, at least one a minibatch ({minibatches}), but "
             f"the data serves {count} a batch: set data.pretraining and data.pretraining_batch_size."
         )
-    stage.pretraining_seen = torch.zeros(2, device=stage.device)
+    stage.pretraining_sum = torch.zeros((), device=stage.device)
     return batch.pretraining
 
 
@@ -44,7 +44,8 @@ def pretraining_loss(stage: PPO, part: Rollout) -> tuple[Tensor, dict[str, Tenso
     assert texts is not None
     learned = texts.loss_mask & texts.mask
     logprobs, _ = next_token_logprobs(stage.policy, texts.ids, texts.mask, learned)
-    total, count = next_token_loss(logprobs, learned[:, 1:], 1.0), learned[:, 1:].sum()
-    stage.pretraining_seen += total.new_tensor([float(total.detach()), float(count)])
-    stage.rollout_metrics["pretraining/loss"] = stage.pretraining_seen[0] / stage.pretraining_seen[1].clamp(min=1)
+    total = next_token_loss(logprobs, learned[:, 1:], 1.0)
+    stage.pretraining_sum += total.detach()
+    seen = sum(texts for *_, texts in stage.updates.counts[: stage.updates.step + 1])  # tokens, mean over ranks
+    stage.rollout_metrics["pretraining/loss"] = stage.pretraining_sum / max(seen, 1.0)
     return stage.ptx_coef * total / part.pretraining_tokens, {}

@@ -27,7 +27,18 @@ def judge(stage: PPO | GRPO, rollout: Rollout) -> Rollout:
             scores = stage.missing_eos.apply(rollout.scores, rollout.ended)
             whole = None if rollout.outcomes is None else rollout.outcomes + (scores - rollout.scores)
             rollout = rollout.with_(scores=scores, outcomes=whole)
+    # Steps are compared over all processes where anything is: one whose responses have none takes part.
+    if stage.max_over_ranks(torch.tensor(float(rollout.step_scores is not None))):
+        rollout = with_steps(rollout)
     return rollout
+
+
+def with_steps(rollout: Rollout) -> Rollout:
+    """The rollout as one whose rewards judge steps: where they judged none, no response has any."""
+    if rollout.step_scores is not None:
+        return rollout
+    none = rollout.scores.new_zeros(len(rollout), 1)
+    return rollout.with_(outcomes=rollout.scores, step_scores=none, step_ends=torch.full_like(none, -1).long())
 
 
 @torch.no_grad()

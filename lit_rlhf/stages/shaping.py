@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
@@ -43,13 +44,22 @@ class ScoreShaping(nn.Module):
         # Scores seen, their sum, and their squares' sum: these add up over processes and over time.
         self.register_buffer("moments", torch.zeros(3, dtype=torch.double))
 
-    def forward(self, scores: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
-        """Shape the scores [B] of a rollout.
+    def forward(self, rollout: Rollout, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shape the scores of a rollout, [B].
 
         Args:
-            scores: of this process.
+            rollout: of this process.
             sum_over_ranks: adds a tensor up over the processes.
+
+        Raises:
+            MisconfigurationException: rewards judge steps, whose scores stand in these but are paid one by one.
         """
+        scores = rollout.scores
+        if rollout.step_scores is not None and (self.settings.running or self.settings.clip is not None):
+            raise MisconfigurationException(
+                "model.shaping brings the scores of whole responses to a known size, but a reward gives Steps, which "
+                "are paid where they end: scale that reward itself, or leave out model.shaping."
+            )
         if self.settings.running:
             here = scores.double()
             self.moments += sum_over_ranks(torch.stack([here.new_tensor(len(here)), here.sum(), here.square().sum()]))

@@ -111,7 +111,7 @@ class Plan:
         self.steps: list[list[Tensor]] = []
         self.wide: list[Tensor] = []
         self.step = self.passes = 0
-        self.metrics: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.metrics: list[tuple[int, Tensor, dict[str, Tensor]]] = []
         self.pretraining: Examples | None = None
         self.counts: list[list[float]] = []  # of each step: response tokens, responses, pretraining tokens
 
@@ -229,10 +229,11 @@ class Plan:
             _, _, before = self.metrics[-1]
             before |= {key: value + before[key] if key in before else value for key, value in kept.items()}
         else:
-            self.metrics.append((self.step, float(part.mask.sum()), kept))
+            self.metrics.append((self.step, part.mask.sum().float(), kept))
 
     def mean_metrics(self, step: int | None = None) -> dict[str, Tensor]:
         """Token-weighted means over all microbatches so far, or over those of one optimizer step."""
         chosen = [(weight, metrics) for s, weight, metrics in self.metrics if step in (None, s)]
-        total = max(sum(weight for weight, _ in chosen), 1.0)
-        return {key: torch.stack([w * metrics[key] for w, metrics in chosen]).sum() / total for key in chosen[0][1]}
+        weights = torch.stack([weight for weight, _ in chosen])
+        total = weights.sum().clamp(min=1.0)
+        return {key: (weights * torch.stack([found[key] for _, found in chosen])).sum() / total for key in chosen[0][1]}

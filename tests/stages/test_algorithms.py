@@ -202,6 +202,31 @@ def test_groups_without_signal_make_way_for_further_prompts(model_folder):
     assert rollout.completions[8:12] == everything.completions[20:24]
 
 
+def test_replacements_may_be_judged_by_their_steps(model_folder):
+    """Prompt 0 says nothing and is judged as a whole, prompt 1 has one step, and prompt 2, which comes later, two."""
+
+    def steps(prompts, completions, completion_ids, **_):
+        numbers = [int(p.split()[1]) for p in prompts]
+        scores = [[ids[0] / 100, ids[1] / 100][:n] for n, ids in zip(numbers, completion_ids, strict=True)]
+        return [Steps(own, [0, 1][: len(own)]) if own else 0.5 for own in scores]
+
+    for first in (1, 2):  # the first round has step scores of its own, or has none
+        stage = grpo(model_folder, [steps], groups=first, advantages=Advantages(scale="none"))
+        (rollout,), _ = filled(stage, [arena.prompts(4).select(torch.tensor([0, 2] if first == 1 else [1, 0, 2]))])
+        assert rollout.prompts[-1] == "prompt 2"
+        assert rollout.step_ends[-4:].tolist() == [[0, 1]] * 4
+        assert rollout.step_ends[:-4].tolist() == [[0, -1]] * 4 * (first - 1)
+        assert not rollout.outcomes.any()
+        ids = rollout.response_ids[-4:, :2] / 100
+        expected = (ids - ids.mean()).flip(1).cumsum(1).flip(1)
+        torch.testing.assert_close(rollout.advantages[-4:, :2], expected, atol=1e-5, rtol=0)
+
+
+def test_more_groups_than_prompts_are_refused(model_folder):
+    with pytest.raises(MisconfigurationException, match=r"model\.groups=3 .* serves 2 a process"):
+        arena.fit(grpo(model_folder, groups=3), [arena.prompts(2)])
+
+
 def test_groups_that_find_no_replacement_stay(model_folder):
     (rollout,), logged = filled(grpo(model_folder, [arena.constant], groups=2), [arena.prompts(3)])
     assert rollout.prompts[::4] == ("prompt 0", "prompt 1")

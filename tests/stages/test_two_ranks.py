@@ -1,41 +1,80 @@
-"""DDP on two processes: equal weights on both, and for SFT those of one process on the same global batch."""
+"""DDP on two processes: equal weights on both, and those of one process on the same global batch."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from stages import two_ranks
 
 HERE = Path(__file__).parent
+SAME = {
+    "sft": (),
+    "ppo_whole": ("objective/scores", "objective/kl_coef", "pretraining/loss"),
+    "grpo_whole": ("objective/scores",),
+    "grpo_batch": ("objective/scores",),
+    "grpo_shared": ("objective/scores",),
+}
 
 
-def train(name: str, folder: str, out: Path, devices: int) -> list:
-    root = HERE.parent.parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
-    command = [sys.executable, str(HERE / "two_ranks.py"), name, folder, str(out), str(devices)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"{name}_{devices}_{rank}.pt") for rank in range(devices)]
+@pytest.fixture(scope="module")
+def on_two(model_folder, tmp_path_factory) -> dict[str, list]:
+    """By stage, weights and metrics after every batch, of each rank; all from one pair of processes."""
+    root, out = HERE.parent.parent, tmp_path_factory.mktemp("ranks")
+    names = [*SAME, "ppo", "grpo", "grpo_groups"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(HERE / "two_ranks.py"), model_folder, str(out), *names]
+    with (out / "said_0").open("w") as zero, (out / "said_1").open("w") as one:
+        ranks = [
+            subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(rank)}, stderr=said)
+            for rank, said in enumerate((zero, one))
+        ]
+    deadline = time.monotonic() + 300
+    while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for rank in ranks:  # without the other one it would wait forever
+        rank.kill()
+    assert codes == [0, 0], "\n".join(path.read_text()[-3000:] for path in out.glob("said_*"))
+    return {name: [torch.load(out / f"{name}_{rank}.pt") for rank in range(2)] for name in names}
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
-def test_ranks_agree_after_many_updates_on_different_rollouts(name, model_folder, tmp_path):
-    (weights, metrics), (others, other_metrics) = train(name, model_folder, tmp_path, 2)
-    assert torch.equal(weights, others)
+def test_ranks_agree_after_many_updates_on_different_rollouts(name, on_two):
+    (weights, metrics), (others, other_metrics) = on_two[name]
+    assert torch.equal(weights[-1], others[-1])
     assert metrics == other_metrics
-    assert metrics["episodes"] == 2 * 2 * 4 * (2 if name == "grpo" else 1)  # ranks × batches × prompts × samples
+    assert metrics[-1]["episodes"] == 2 * 2 * 4 * (2 if name == "grpo" else 1)  # ranks × batches × prompts × samples
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo_whole", "grpo_shared"])
-def test_two_ranks_are_one_process_on_the_same_global_batch(name, model_folder, tmp_path):
+@pytest.mark.parametrize("name", SAME)
+def test_two_ranks_are_one_process_on_the_same_global_batch(name, model_folder, on_two):
     """In RL the responses must be the same ones, too: a row's random stream goes by its number in the whole batch."""
-    (one, metrics), (two, _) = train(name, model_folder, tmp_path, 2)
-    ((alone, alone_metrics),) = train(name, model_folder, tmp_path, 1)
-    assert torch.equal(one, two)
-    torch.testing.assert_close(one, alone, atol=1e-5, rtol=0)
-    if name != "sft":
-        assert metrics["objective/scores"] == pytest.approx(alone_metrics["objective/scores"], abs=1e-6)
+    (one, metrics), (two, _) = on_two[name]
+    alone = two_ranks.train(name, model_folder, devices=1)
+    assert torch.equal(one[-1], two[-1])
+    torch.testing.assert_close(one[-1], alone.weights[-1], atol=1e-5, rtol=0)
+    for key in SAME[name]:
+        assert metrics[-1][key] == pytest.approx(alone.rows[-1][key], abs=1e-6)
+
+
+def test_ranks_replace_silent_groups_each_for_itself(model_folder, on_two):
+    """One silent group on each: the run is that of one process. Two on one: all sample as many, none waits forever."""
+    (one, metrics), (two, other_metrics) = on_two["grpo_groups"]
+    alone = two_ranks.train("grpo_groups", model_folder, devices=1)
+    torch.testing.assert_close(one[0], alone.weights[0], atol=1e-5, rtol=0)
+    assert metrics[0]["objective/scores"] == pytest.approx(alone.rows[0]["objective/scores"], abs=1e-6)
+    assert [row["groups/replaced"] for row in metrics] == [1, (2 + 0) / 2]
+    assert [row["groups/unused_prompts"] for row in metrics] == [1, 0]
+    assert [row["groups/zero_std_fraction"] for row in metrics] == [0, 0]
+    assert torch.equal(one[1], two[1])
+    assert metrics == other_metrics
