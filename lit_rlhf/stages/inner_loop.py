@@ -28,6 +28,7 @@ from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
 from lit_rlhf.stages.optim import clip_gradients
 from lit_rlhf.stages.penalties import steer_penalty
+from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy
 from lit_rlhf.stages.updates import Plan, Updates
@@ -90,6 +91,10 @@ class InnerLoop(LightningModule):
         refuse_half_precision_weights(self.trainer)
         # DDP waits for every gradient in the pass that it averages in: there all networks go together.
         self.updates.turns = 1 if isinstance(self.trainer.strategy, DDPStrategy) else self.turns
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another run's checkpoint; say how far this one had come."""
+        greet(self, checkpoint)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""
