@@ -129,18 +129,18 @@ def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _fault(path: str, changed: int, size: int) -> str:
     """What is wrong with the bytes of a file; empty if nothing. ``changed`` and ``size`` tell its versions apart."""
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            begins_as_one = file.read(2) == b"PK"
-        if begins_as_one or not size:
-            return f"is cut short: it ends after {size} bytes, before its table of contents"
-        return "is no checkpoint that torch.save wrote; a plain pickle can run code when opened, and is not opened"
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.testzip()
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                member = archive.testzip()
+            return f"is damaged: the checksum of {member} is wrong" if member else ""
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         return f"is damaged: {error}"
-    return f"is damaged: the checksum of {member} is wrong" if member else ""
+    with open(path, "rb") as file:
+        begins_as_one = file.read(2) == b"PK"
+    if begins_as_one or not size:
+        return f"is cut short: it ends after {size} bytes, before its table of contents"
+    return "is no checkpoint that torch.save wrote; a plain pickle can run code when opened, and is not opened"
 
 
 def newest(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:

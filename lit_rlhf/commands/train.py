@@ -55,6 +55,7 @@ NOISE = (
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*is not resumable.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",  # their intervals may change
     ".*The dirpath has changed from.*",
     ".*in eval mode at the start of training.*",
     ".*The number of training batches .* is smaller than the logging interval.*",

@@ -46,7 +46,14 @@ def arguments(stage: str, folder: Path, root: Path, *more: str) -> list[str]:
     """The command of a run: the same for its first start and every later one."""
     settings = [
         *("fit", "--model", f"lit_rlhf.{CLASSES[stage]}", "--model.model", str(folder / "base")),
-        *("--data", f"lit_rlhf.{DATA[stage]}", "--data.train", str(folder / f"{stage}.jsonl"), "--data.batch_size", "4"),
+        *(
+            "--data",
+            f"lit_rlhf.{DATA[stage]}",
+            "--data.train",
+            str(folder / f"{stage}.jsonl"),
+            "--data.batch_size",
+            "4",
+        ),
         *("--trainer.default_root_dir", str(root), "--trainer.max_steps", str(STEPS), "--trainer.accelerator", "cpu"),
         *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
         *("--model.optim.lr", "1e-3", "--checkpoint.every_n_train_steps", "1", "--export.folder", str(root / "model")),
