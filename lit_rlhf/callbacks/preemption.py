@@ -8,8 +8,10 @@ import subprocess
 import threading
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rlhf.callbacks.checkpoint import Checkpoint
@@ -24,7 +26,7 @@ class Preemption(Callback):
     Lightning's own handlers are put aside while training lasts, so that none is handled twice: that of SIGTERM saves
     nothing, and that of SLURM's requeue signal saves wherever it strikes, which may be between two updates of a
     rollout, where no run can be resumed exactly. What the latter does afterwards, ``scontrol requeue``, is done here.
-    The handlers from before are back once a signal came: a second one acts as it would without this callback.
+    More signals, while the first is obeyed, change nothing.
 
     Args:
         signals: names of the signals; none: Lightning's handlers stay.
@@ -38,6 +40,7 @@ class Preemption(Callback):
         self._received = 0
         self._leaving = 0
         self._step = -1
+        self._saved = ""
         self._requeue: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -55,35 +58,24 @@ class Preemption(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Leave, if the batch before ended with a checkpoint for that; else note where this one begins."""
-        self._leave()
+        self._leave(trainer)
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if a signal came to any process and the optimizer has stepped: gradients are in no checkpoint."""
-        if trainer.global_step == self._step:
-            return
-        came = bool(self._received)
-        if trainer.world_size > 1:
-            came = trainer.strategy.reduce_boolean_decision(came, all=False)
-        if not came or trainer.global_step == trainer.max_steps:  # the run is over anyway
-            return
-        saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint)), None)
-        if saver is None:
-            return
-        saver.save_now(trainer)
-        self._leaving = self._received or signal.SIGTERM
-        rank_zero_info(
-            f"{signal.Signals(self._leaving).name}: stopped after step {trainer.global_step}; newest checkpoint "
-            f"{saver._last_checkpoint_saved or '(none)'}. Start again with --ckpt_path last."
-        )
-        if self._requeue == self._leaving and trainer.is_global_zero:
-            requeue()
+        """Save, if a signal came and the optimizer has stepped: gradients are in no checkpoint."""
+        if trainer.global_step not in (self._step, trainer.max_steps):  # at the last the run is over anyway
+            self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave before a validation, which may take longer than there is time."""
-        self._leave()
+        self._leave(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, if a signal came meanwhile."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step not in (0, trainer.max_steps):
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
@@ -94,17 +86,32 @@ class Preemption(Callback):
         self._give_back()
 
     def _note(self, number: int, _frame: Any) -> None:
-        self._received = number
-        self._give_back()
+        self._received = self._received or number
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save and be ready to leave, if a signal came to any process."""
+        came = self._received
+        if trainer.world_size > 1:
+            number = torch.tensor(came, device=trainer.strategy.root_device)
+            came = int(trainer.strategy.reduce(number, reduce_op="max"))
+        saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint)), None)
+        if came and saver is not None:
+            saver.save_now(trainer)
+            self._leaving, self._saved = came, saver._last_checkpoint_saved
 
     def _give_back(self) -> None:
         for one, handler in self._before.items():
             signal.signal(one, handler)
         self._before = {}
 
-    def _leave(self) -> None:
-        if self._leaving:
-            raise SystemExit(128 + self._leaving)
+    def _leave(self, trainer: Trainer) -> None:
+        if not self._leaving:
+            return
+        name, saved = signal.Signals(self._leaving).name, self._saved or "there is none"
+        rank_zero_info(f"{name}: stopped. Newest checkpoint: {saved}. Start again with --ckpt_path last")
+        if self._requeue == self._leaving and trainer.is_global_zero:
+            requeue()
+        raise SystemExit(128 + self._leaving)
 
 
 def requeue() -> None:

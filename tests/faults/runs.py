@@ -17,6 +17,7 @@ from typing import Any
 import tiny
 import torch
 
+from lit_rlhf import SFT
 from lit_rlhf.checkpoints import newest, read
 
 STAGES = ("sft", "reward", "ppo", "grpo")
@@ -83,13 +84,16 @@ def plant(name: str, number: str) -> None:
     """Have the process strike itself at the ``number``-th call of something.
 
     Args:
-        name: a function of ``os`` that a save calls, then the strike is SIGKILL; or a signal, which comes with a step of
-            the optimizer: within a rollout, after some of its updates.
+        name: a function of ``os`` that a save calls, then the strike is SIGKILL; or a signal, which comes with a step
+            of the optimizer: within a rollout, after some of its updates; or ``validation_step``, with SIGTERM.
         number: which call.
     """
-    is_signal = name.startswith("SIG")
-    owner, attribute = (torch.optim.AdamW, "step") if is_signal else (os, name)
-    strike = signal.Signals[name] if is_signal else signal.SIGKILL
+    if name == "validation_step":
+        owner, attribute, strike = SFT, name, signal.SIGTERM
+    elif name.startswith("SIG"):
+        owner, attribute, strike = torch.optim.AdamW, "step", signal.Signals[name]
+    else:
+        owner, attribute, strike = os, name, signal.SIGKILL
     calls, real = [0], getattr(owner, attribute)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
@@ -117,13 +121,6 @@ class Run:
             self.process.kill()
             raise TimeoutError(self.log.read_text(encoding="utf-8"))
         return self.process.exitcode
-
-    def until(self, folder: Path, count: int, seconds: float = 120) -> None:
-        """Wait until the run saved its ``count``-th step, or is over."""
-        while self.process.exitcode is None and time.monotonic() - self.started < seconds:
-            if any(int(path.stem.split("=")[1]) >= count for path in folder.glob("*/checkpoints/step=*.ckpt")):
-                return
-            time.sleep(0.005)
 
     def send(self, number: int) -> None:
         """Send it a signal, if it is still there."""

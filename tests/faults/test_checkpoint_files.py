@@ -101,8 +101,7 @@ def test_any_flipped_bit_and_any_cut_is_noticed_or_changes_nothing(tmp_path):
         checkpoints._fault.cache_clear()
         try:
             found = read(bad)
-        except CheckpointError as error:
-            assert str(bad) in str(error)
+        except CheckpointError:
             noticed += 1
         else:
             assert torch.equal(found["state_dict"]["w"], state(1)["state_dict"]["w"])
@@ -110,7 +109,7 @@ def test_any_flipped_bit_and_any_cut_is_noticed_or_changes_nothing(tmp_path):
     offset = good.index(state(1)["state_dict"]["w"].numpy().tobytes())
     bad.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset + 1 :])
     assert not torch.equal(torch.load(bad, weights_only=True)["state_dict"]["w"], state(1)["state_dict"]["w"])
-    with pytest.raises(CheckpointError, match="checksum of good/data/0|checksum of .*data/0"):
+    with pytest.raises(CheckpointError, match=r"bad.ckpt is damaged: the checksum of .*data/0 is wrong"):
         read(bad)
 
 

@@ -46,16 +46,14 @@ def whole(folder: Path, server):
     [
         ("sft", "fsync@7"),  # the third file is written, not flushed, not renamed
         ("ppo", "replace@4"),  # the second file has its name, the link not yet
-        ("grpo", None),  # some moment
+        ("grpo", f"SIGKILL@{random.randint(3, 12)}"),  # some update after the first rollout, of two a rollout
     ],
+    ids=["sft", "ppo", "grpo"],
 )
 def test_killed_and_started_again_it_ends_where_an_undisturbed_run_ends(stage, hook, folder, server, whole):
     root, log = folder / f"{stage}-killed", folder / f"{stage}-killed.log"
     command = runs.arguments(stage, folder, root)
     run = runs.Run(server, command, log, hook)
-    if hook is None:
-        run.until(root, random.randint(1, runs.STEPS - 2))
-        run.send(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL, log.read_text(encoding="utf-8")
     saved = runs.steps_saved(root)
     assert 0 < saved < runs.STEPS
@@ -66,16 +64,26 @@ def test_killed_and_started_again_it_ends_where_an_undisturbed_run_ends(stage, h
 
 
 def test_sigterm_within_a_rollout_saves_after_it_exports_nothing_and_is_resumed_exactly(folder, server, whole):
-    """Eight updates a rollout: the eleventh is in the second. No interval is due: the one checkpoint is the signal's."""
+    """Eight updates a rollout, so the 11th is in the second. No interval is due: the one checkpoint is its."""
     root, log = folder / "ppo-term", folder / "ppo-term.log"
     command = runs.arguments("ppo", folder, root, "--checkpoint.every_n_train_steps", "100")
     run = runs.Run(server, command, log, "SIGTERM@11")
     assert run.wait() == 128 + signal.SIGTERM, log.read_text(encoding="utf-8")
     said = log.read_text(encoding="utf-8")
-    assert "SIGTERM: stopped after step 2" in said
+    assert "SIGTERM: stopped. Newest checkpoint:" in said
     assert "Traceback" not in said
     assert runs.steps_saved(root) == 2
     assert not (root / "model").exists()
     assert runs.Run(server, command, log).wait() == 0, log.read_text(encoding="utf-8")
     assert "going on after rollout 2, 8 episodes, epoch 0 and row 8 of the data" in log.read_text(encoding="utf-8")
     assert runs.differences(runs.end_of(root), whole("ppo")) == []
+
+
+def test_sigterm_in_a_validation_waits_for_its_end_and_no_longer(folder, server, whole):
+    """Four batches an epoch, so the validation stands between step 4 and step 5."""
+    root, log = folder / "sft-term", folder / "sft-term.log"
+    command = runs.arguments("sft", folder, root, "--checkpoint.every_n_train_steps", "100")
+    assert runs.Run(server, command, log, "validation_step@1").wait() == 128 + signal.SIGTERM
+    assert runs.steps_saved(root) == 4
+    assert runs.Run(server, command, log).wait() == 0, log.read_text(encoding="utf-8")
+    assert runs.differences(runs.end_of(root), whole("sft")) == []
