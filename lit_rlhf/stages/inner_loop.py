@@ -92,9 +92,7 @@ class InnerLoop(LightningModule):
         # DDP waits for every gradient in the pass that it averages in: there all networks go together.
         self.updates.turns = 1 if isinstance(self.trainer.strategy, DDPStrategy) else self.turns
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another run's checkpoint; say how far this one had come."""
-        greet(self, checkpoint)
+    on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""

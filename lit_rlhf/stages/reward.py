@@ -113,9 +113,7 @@ class RewardModeling(LightningModule):
         )
         return total * self.trainer.accumulate_grad_batches  # Lightning divides by it; the count below is the true one
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another run's checkpoint; say how far this one had come."""
-        greet(self, checkpoint)
+    on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into that of the mean over the prompts of all batches and ranks."""

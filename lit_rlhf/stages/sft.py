@@ -130,9 +130,7 @@ class SFT(LightningModule):
             return None
         return uniform_noise(self.policy, batch.mask, self.neftune_alpha, seed=seed_for(self.seed, "noise", *place))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another run's checkpoint; say how far this one had come."""
-        greet(self, checkpoint)
+    on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into that of the token-weighted mean over batches and ranks."""
