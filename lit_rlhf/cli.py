@@ -125,10 +125,17 @@ def told(error: Exception, training: bool) -> bool:
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from lit_rlhf.checkpoints import CheckpointError
     from lit_rlhf.data import DataError
 
     wandb = sys.modules.get("wandb")  # no key, no login: it says itself what to do
-    door = (DataError, FileNotFoundError, MisconfigurationException, *((wandb.errors.UsageError,) if wandb else ()))
+    door = (
+        DataError,
+        CheckpointError,
+        FileNotFoundError,
+        MisconfigurationException,
+        *((wandb.errors.UsageError,) if wandb else ()),
+    )
     return isinstance(error, door) or (type(error) is ValueError and not training)
 
 

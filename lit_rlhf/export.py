@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from pathlib import Path
+import sys
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
+
+from lit_rlhf.checkpoints import read
 
 
 def no_reward(completions: list[str]) -> list[float]:
@@ -27,7 +28,9 @@ def stage_class(hyper_parameters: dict[str, Any], checkpoint: str) -> type[Light
         ValueError: it was not made by a stage that can be exported.
     """
     module, _, name = str(hyper_parameters.get("_class_path", "")).rpartition(".")
-    found = getattr(importlib.import_module(module), name, None) if module else None
+    # Importing runs code: whoever made the file must not choose which. Own stages are known once they are imported.
+    known = module in sys.modules or module.partition(".")[0] == "lit_rlhf"
+    found = getattr(importlib.import_module(module), name, None) if known else None
     if not (isinstance(found, type) and issubclass(found, LightningModule) and hasattr(found, "export")):
         raise ValueError(f"{checkpoint} was not made by a stage of lit_rlhf (SFT, RewardModeling, PPO, GRPO)")
     return found
@@ -45,12 +48,10 @@ def export(checkpoint: str, folder: str, merge: bool = True) -> None:
 
     Raises:
         FileNotFoundError: no such checkpoint.
+        CheckpointError: it is damaged, or holds objects.
         ValueError: a file that no stage wrote.
     """
-    if not Path(checkpoint).is_file():
-        what = "is a folder (a sharded checkpoint); name a .ckpt file" if Path(checkpoint).is_dir() else "is not there"
-        raise FileNotFoundError(f"checkpoint {checkpoint} {what}")
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    saved = read(checkpoint, mmap=True)
     stage = stage_class(saved.get("hyper_parameters", {}), checkpoint)
     rewards: dict[str, Any] = {"rewards": [no_reward]} if "rewards" in inspect.signature(stage).parameters else {}
     module: Any = stage.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **rewards)

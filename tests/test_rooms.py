@@ -15,10 +15,11 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 
 # What each room may import of the other rooms; every room may import itself.
-BELOW_STAGES = {"batch", "objectives", "models", "rollout", "rewards", "data"}
+BELOW_STAGES = {"batch", "checkpoints", "objectives", "models", "rollout", "rewards", "data"}
 ROOMS: dict[str, set[str]] = {
     "__init__": BELOW_STAGES | {"stages"},
     "batch": set(),
+    "checkpoints": set(),
     "objectives": {"batch"},
     "models": {"batch", "objectives"},
     "data": {"batch", "models"},
@@ -26,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "rewards": {"batch", "objectives", "models"},
     "metrics": {"batch", "objectives"},
     "stages": BELOW_STAGES | {"metrics"},
-    "callbacks": {"batch", "stages"},
+    "callbacks": {"batch", "checkpoints", "stages"},
     "export": BELOW_STAGES | {"stages"},
     "commands": BELOW_STAGES | {"__init__", "stages", "callbacks", "export"},
     "demo": BELOW_STAGES | {"stages", "callbacks", "export", "metrics"},
@@ -45,7 +46,7 @@ LIBRARIES: dict[str, set[str]] = {
     "matplotlib": {"demo"},
     "vaderSentiment": {"rewards"},
 }
-ONLY_TORCH = {"batch", "objectives"}
+ONLY_TORCH = {"batch", "checkpoints", "objectives"}
 
 
 def imported(source: str, module: str) -> Iterator[tuple[int, str]]:

@@ -4,9 +4,11 @@ Each also works in a Trainer that a user builds himself: ``Trainer(callbacks=[Sa
 """
 
 from lit_rlhf.callbacks.checkpoint import Checkpoint
+from lit_rlhf.callbacks.checkpoint_io import SafeCheckpointIO
 from lit_rlhf.callbacks.config_wins import ConfigWins
 from lit_rlhf.callbacks.export_folder import ExportFolder
 from lit_rlhf.callbacks.predictions import Predictions
+from lit_rlhf.callbacks.preemption import Preemption
 from lit_rlhf.callbacks.progress import Progress
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.saved_config import SavedConfig
@@ -18,7 +20,9 @@ __all__ = [
     "ConfigWins",
     "ExportFolder",
     "Predictions",
+    "Preemption",
     "Progress",
+    "SafeCheckpointIO",
     "SampleTable",
     "SavedConfig",
     "Tables",

@@ -19,6 +19,7 @@ class ExportFolder(Callback):
 
     def __init__(self, folder: str | None = None, merge: bool = True) -> None:
         self.folder, self.merge = folder, merge
+        self._is_done = False
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the folder."""
@@ -27,3 +28,9 @@ class ExportFolder(Callback):
         folder = self.folder or str(Path(trainer.log_dir or trainer.default_root_dir) / "export")
         pl_module.export(folder, merge=self.merge)
         rank_zero_info(f"exported: {folder}")
+        self._is_done = True
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write it where a run was killed after its last step: started again it has nothing to train, only this."""
+        if stage == "fit" and not self._is_done and trainer.ckpt_path is not None and trainer.fit_loop.skip:
+            self.on_train_end(trainer, pl_module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -18,6 +19,7 @@ from lit_rlhf.callbacks import (
     ConfigWins,
     ExportFolder,
     Predictions,
+    Preemption,
     Progress,
     SampleTable,
     SavedConfig,
@@ -26,6 +28,7 @@ from lit_rlhf.callbacks import (
 )
 from lit_rlhf.commands.configs import resolve_configs
 from lit_rlhf.commands.parser import FriendlyParser
+from lit_rlhf.commands.resume import folders_of, to_resume_from
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -37,6 +40,7 @@ TRAINER_DEFAULTS = {
 # Sections of their own: a second YAML's trainer.callbacks replaces the first one's, these stay.
 SECTIONS: dict[str, type[Callback]] = {
     "checkpoint": Checkpoint,
+    "preemption": Preemption,
     "progress": Progress,
     "samples": SampleTable,
     "export": ExportFolder,
@@ -51,6 +55,7 @@ NOISE = (
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*is not resumable.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",  # their intervals may change
     ".*The dirpath has changed from.*",
     ".*in eval mode at the start of training.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
@@ -77,6 +82,15 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing, so that the user's config wins over a checkpoint's hyperparameters."""
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Have a checkpoint that is to be loaded looked at first."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        asked = kwargs.get("ckpt_path")
+        if asked is None and subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            asked = "last"  # SLURM started this job again
+        kwargs["ckpt_path"] = to_resume_from(asked, folders_of(self.trainer))
+        return kwargs
 
     def instantiate_classes(self) -> None:
         """Build stage, data and Trainer; a setting that one of them refuses is the user's to change."""

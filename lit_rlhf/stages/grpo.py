@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
@@ -120,11 +119,6 @@ class GRPO(InnerLoop):
 
     def on_train_batch_start(self, batch: Prompts, batch_idx: int) -> None:
         """Refuse what does not divide; every ``refresh_reference`` rollouts the policy becomes the reference."""
-        if (self.groups or 0) > len(batch):
-            raise MisconfigurationException(
-                f"model.groups={self.groups} prompts make a rollout, but the data serves {len(batch)} a process and "
-                "batch: set data.batch_size above it, by as many as may replace groups without signal."
-            )
         self.updates.refuse_remainder((self.groups or len(batch)) * self.group_size)
         every = self.refresh_reference
         if every and self.reference is not None and self.global_step and self.global_step % every == 0:

@@ -26,6 +26,7 @@ from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
 from lit_rlhf.stages.optim import clip_gradients
 from lit_rlhf.stages.penalties import steer_penalty
+from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.settings import KL, Clip
 from lit_rlhf.stages.updates import Plan, Updates
@@ -87,6 +88,8 @@ class InnerLoop(LightningModule):
         refuse_half_precision_weights(self.trainer)
         # DDP waits for every gradient in the pass that it averages in: there all networks go together.
         self.updates.turns = 1 if isinstance(self.trainer.strategy, DDPStrategy) else self.turns
+
+    on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""

@@ -16,6 +16,7 @@ from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.held_out import HeldOut
 from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
 from lit_rlhf.stages.parts import read_ranked
+from lit_rlhf.stages.resume import greet
 
 
 class RewardModeling(LightningModule):
@@ -111,6 +112,8 @@ class RewardModeling(LightningModule):
             batch_size=len(batch),
         )
         return total * self.trainer.accumulate_grad_batches  # Lightning divides by it; the count below is the true one
+
+    on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into that of the mean over the prompts of all batches and ranks."""

@@ -31,6 +31,7 @@ from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.measure import SHOWN, answer
 from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
+from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 
 
@@ -128,6 +129,8 @@ class SFT(LightningModule):
         if not self.neftune_alpha:
             return None
         return uniform_noise(self.policy, batch.mask, self.neftune_alpha, seed=seed_for(self.seed, "noise", *place))
+
+    on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into that of the token-weighted mean over batches and ranks."""

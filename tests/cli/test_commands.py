@@ -185,7 +185,7 @@ def test_export_of_a_reward_model(cli, reward_run: Path) -> None:
 
 
 def test_a_checkpoint_of_something_else_is_refused(cli, refused) -> None:
-    torch.save({"hyper_parameters": {"_class_path": "torch.nn.Linear"}}, cli.folder / "other.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"_class_path": "torch.nn.Linear"}}, cli.folder / "other.ckpt")
     assert "not made by a stage" in refused("export", "--checkpoint", "other.ckpt", "--folder", "x")[0]
 
 
