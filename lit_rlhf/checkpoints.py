@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable
 from functools import lru_cache
@@ -151,6 +152,19 @@ def newest(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """
     files = [path for folder in folders for path in Path(folder).glob("*.ckpt") if path.is_file()]
     return sorted((path for path in files if not path.is_symlink()), key=lambda path: -path.stat().st_mtime_ns)
+
+
+def sweep(folders: Iterable[str | os.PathLike[str]]) -> None:
+    """Remove what killed runs left half written; what was touched within the hour may be under way in a live one.
+
+    Args:
+        folders: where checkpoints are.
+    """
+    for folder in folders:
+        for partial in Path(folder).glob(f".*.ckpt{PARTIAL}"):
+            with contextlib.suppress(OSError):
+                if time.time() - partial.lstat().st_mtime > 3600:
+                    partial.unlink()
 
 
 def last_good(files: Iterable[Path]) -> tuple[Path | None, list[str]]:

@@ -61,8 +61,11 @@ def damage(root: Path) -> dict[str, int]:
         return False
 
     links = list(root.glob("version_*/checkpoints/last.ckpt"))
+    halves = list(root.glob("version_*/checkpoints/.step=*.partial"))
+    for half in halves:
+        half.unlink()  # counted once
     return {
-        "saves cut off": len(list(root.glob("version_*/checkpoints/.step=*.partial"))),
+        "saves cut off": len(halves),
         "links broken": sum(map(is_damaged, links)),
         "files damaged": sum(map(is_damaged, newest(path.parent for path in links))),
     }

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_rlhf.checkpoints import CheckpointError, last_good, newest, read
+from lit_rlhf.checkpoints import CheckpointError, last_good, newest, read, sweep
 
 
 def folders_of(trainer: Trainer) -> list[Path]:
@@ -54,6 +54,7 @@ def to_resume_from(asked: str | None, folders: Iterable[Path]) -> str | None:
     if asked == "last":
         folders = list(folders)
         files = newest(folders)
+        sweep(folders)
     else:  # the link, what it points to
         files = [file for file in dict.fromkeys([path.resolve(), *newest([path.parent])]) if file.is_file()]
     good, wrong = last_good(files)

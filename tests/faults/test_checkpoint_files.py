@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import signal
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,10 +152,13 @@ def test_last_goes_back_to_the_last_good_one_and_names_both(tmp_path):
     for step, folder in ((1, folders[0]), (2, folders[1]), (3, folders[1])):
         write(state(step), folder / f"step={step}.ckpt")
         os.utime(folder / f"step={step}.ckpt", (step, step))
-    (folders[1] / ".step=4.ckpt.partial").write_bytes(b"half of one")
+    for name, age in ((".step=4.ckpt.partial", 0), (".step=1.ckpt.partial", 4000)):
+        (folders[1] / name).write_bytes(b"half of one")
+        os.utime(folders[1] / name, (time.time() - age,) * 2)
     three = folders[1] / "step=3.ckpt"
     link(three, folders[1] / "last.ckpt")
     assert to_resume_from("last", folders) == str(three)
+    assert [path.name for path in folders[1].glob(".*")] == [".step=4.ckpt.partial"]  # the old one was swept away
     three.write_bytes(three.read_bytes()[:-500])
     os.utime(three, (3, 3))
     for asked in ("last", str(folders[1] / "last.ckpt")):
