@@ -44,6 +44,7 @@ LIBRARIES: dict[str, set[str]] = {
     "jsonargparse": {"commands", "cli"},
     "matplotlib": {"demo"},
     "vaderSentiment": {"rewards"},
+    "requests": {"rewards"},
 }
 ONLY_TORCH = {"batch", "objectives"}
 
