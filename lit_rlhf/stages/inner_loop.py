@@ -8,16 +8,15 @@ There is no algorithm in this file.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,8 +24,10 @@ from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import Average, Reference, can_share, forget_in_checkpoints, keep_adapters_only
 from lit_rlhf.rewards import MissingEOS, Rewards
 from lit_rlhf.rollout import Sampler, Sampling
+from lit_rlhf.stages.finite import Watch, bad_microbatches, clip_finite
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
-from lit_rlhf.stages.optim import clip_gradients
+from lit_rlhf.stages.memory import explained, microbatch_sizes
+from lit_rlhf.stages.optim import Optim
 from lit_rlhf.stages.penalties import steer_penalty
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy
@@ -55,6 +56,7 @@ class InnerLoop(LightningModule):
     clip: Clip
     entropy: Entropy
     correction: Correction | None
+    optim: Optim
     kl_coef: Tensor
     clip_penalty: Tensor
     episodes: Tensor
@@ -79,6 +81,7 @@ class InnerLoop(LightningModule):
         self.rewards.bind(self.tokenizer)
         forget_in_checkpoints(self, ("rewards",) if self.refreshes_reference else ("reference", "rewards"))
         keep_adapters_only(self, networks)
+        self.watch = Watch(self, self.optim)
         for weight, first in (("kl_coef", self.kl.coef), ("clip_penalty", self.clip.penalty)):
             self.register_buffer(weight, torch.tensor(float(first), dtype=torch.double))
 
@@ -105,7 +108,7 @@ class InnerLoop(LightningModule):
     def timed(self, phase: str) -> Iterator[None]:
         """Note the wall-clock seconds of a phase as ``time/{phase}``."""
         started = time.perf_counter()
-        with torch.profiler.record_function(phase):
+        with torch.profiler.record_function(phase), explained(phase):
             yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -142,15 +145,6 @@ class InnerLoop(LightningModule):
         """The policy's averaged weights in place of its own, where there are any, as long as the context lasts."""
         return nullcontext() if self.average is None else self.average.standing_in(self.policy)
 
-    def run_length(self, knob: str) -> float:
-        """Rollouts of the whole run; an error that names ``knob``, which asks for it, where the run has no end."""
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < math.inf:
-            raise MisconfigurationException(
-                f"{knob} needs to know where the run ends: set trainer.max_steps or trainer.max_epochs."
-            )
-        return total
-
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def optimizer_step(
@@ -161,8 +155,9 @@ class InnerLoop(LightningModule):
         self._closure, started = optimizer_closure, time.perf_counter()
         for step in range(self.updates.count):
             self.updates.step, self.updates.passes = step, 0
-            optimizer.step(closure=self._accumulate)
-            self.update_count += 1
+            with explained("update", lambda: microbatch_sizes(self)):
+                optimizer.step(closure=self._accumulate)
+            self.update_count += not self.watch.in_a_row
             if self._kl_exceeded(step):
                 break
         optimizer.zero_grad(set_to_none=True)
@@ -182,6 +177,7 @@ class InnerLoop(LightningModule):
             self._zero_grad = loss is None
             self._sync_gradients()
             loss = self._closure()  # Lightning's: training_step, zero_grad, backward
+            self.watch.note(loss)
         return loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -211,8 +207,9 @@ class InnerLoop(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip policy and critic each by its own norm, and note the norms."""
-        self.rollout_metrics |= clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip policy and critic each by its own norm, and note the norms; make no step that is not finite."""
+        where = partial(bad_microbatches, self)
+        self.rollout_metrics |= clip_finite(self, optimizer, gradient_clip_val, gradient_clip_algorithm, where)
 
     # -- after ------------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rlhf.batch import Rollout
@@ -81,7 +83,12 @@ def entropy_coef(stage: PPO | GRPO) -> float:
     start, final = stage.entropy.coef, stage.entropy.final
     if final is None:
         return start
-    done = stage.global_step / stage.run_length("model.entropy.final")
+    rollouts = stage.trainer.estimated_stepping_batches
+    if not 0 < rollouts < math.inf:
+        raise MisconfigurationException(
+            "model.entropy.final needs to know where the run ends: set trainer.max_steps or trainer.max_epochs."
+        )
+    done = stage.global_step / rollouts
     return start + (final - start) * min(done, 1.0)
 
 
@@ -104,7 +111,8 @@ def steer_kl(stage: PPO | GRPO, sequence_kl: Tensor, responses: int) -> None:
     target = stage.kl.target
     if target is not None:
         seen, beta = float(stage.mean_over_ranks(sequence_kl)), float(stage.kl_coef)
-        beta = adapt_kl_coef(beta, seen, target=target, horizon=stage.kl.horizon, samples=responses)
+        if math.isfinite(seen):  # else β would be lost for good; the step that follows is not made
+            beta = adapt_kl_coef(beta, seen, target=target, horizon=stage.kl.horizon, samples=responses)
         stage.kl_coef.fill_(beta)
 
 

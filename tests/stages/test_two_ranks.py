@@ -39,3 +39,10 @@ def test_two_ranks_are_one_process_on_the_same_global_batch(name, model_folder, 
     torch.testing.assert_close(one, alone, atol=1e-5, rtol=0)
     if name != "sft":
         assert metrics["objective/scores"] == pytest.approx(alone_metrics["objective/scores"], abs=1e-6)
+
+
+def test_ranks_leave_out_a_step_together(model_folder, tmp_path):
+    """Rank 1 alone has an infinite loss, in the first of two steps; without rank 0's consent the weights would part."""
+    (one, metrics), (two, other_metrics) = train("sft_skip", model_folder, tmp_path, 2)
+    assert torch.equal(one, two)
+    assert metrics["skipped_updates"] == other_metrics["skipped_updates"] == 1

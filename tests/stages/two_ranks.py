@@ -15,12 +15,23 @@ from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.stages import GRPO, PPO, SFT, Optim, Updates
 
 
+class OnceInfinite(SFT):
+    """Its first loss on rank 1 is infinite, and no gradient is."""
+
+    def read(self, batch, noise=None):
+        logprobs, correct, learned = super().read(batch, noise)
+        infinite = float("-inf") if self.global_rank == 1 and self.global_step == 0 else 0.0
+        return logprobs + infinite, correct, learned
+
+
 def build(name: str, folder: str):
     """The stage, and one batch for each rank."""
     if name == "sft":
         whole = arena.examples(8)
         parts = [whole.select(torch.arange(start, 8, 2)) for start in (0, 1)]
         return SFT(folder, optim=Optim(lr=1e-3)), whole, parts
+    if name == "sft_skip":
+        return OnceInfinite(folder, optim=Optim(lr=1e-3, nonfinite="skip")), None, [arena.examples(4)] * 2
     if name == "grpo_shared":  # a pass costs next to nothing, so that prompts are shared
         PASS_TOKENS["cpu"] = 1
     if name in ("grpo_whole", "grpo_shared"):  # every second prompt, as RankSampler shares them out
