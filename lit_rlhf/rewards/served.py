@@ -14,7 +14,7 @@ from lit_rlhf.rewards.waiting import GaveUpError, patiently
 
 # What is sent, and where the scores stand in the answer.
 # vllm: POST /classify (docs.vllm.ai, "Classification API"); use_activation: false asks for the score as it is, not
-#     through a sigmoid.
+#     through a sigmoid or softmax.
 # tei: POST /predict (text-embeddings-inference, router/src/http/types.rs: PredictRequest, Prediction).
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "vllm": ({"input": "$texts", "use_activation": False}, "data.*.probs"),

@@ -156,17 +156,14 @@ def bad_rows(losses: list[Tensor]) -> list[str]:
     return found
 
 
-def bad_microbatches(stage: InnerLoop, losses: list[Tensor]) -> list[str]:
+def bad_microbatches(stage: InnerLoop) -> list[str]:
     """Which microbatches of the update have a loss or metric that is not finite: what, which rows, which prompts."""
-    plan = stage.updates
-    metrics = [found for step, _, found in plan.metrics if step == plan.step]
-    found = []
-    for place, rows in enumerate(plan.steps[plan.step]):
-        own = losses[place * plan.turns : (place + 1) * plan.turns]
-        known = metrics[place] if place < len(metrics) else {}
-        names = [name for name, value in known.items() if not value.isfinite().all()]
-        if names or not all(loss.isfinite().all() for loss in own):
-            found.append(f"{_few(names or ['loss'])} of {_prompts(stage, rows)}")
+    plan, found = stage.updates, []
+    metrics = [metrics for step, _, metrics in plan.metrics if step == plan.step]
+    for rows, own in zip(plan.steps[plan.step], metrics, strict=True):
+        names = [name for name, value in own.items() if not value.isfinite().all()]
+        if names:
+            found.append(f"{_few(names)} of {_prompts(stage, rows)}")
     update = f"update {plan.step + 1} of the rollout's {plan.count}"
     return [update, *found] if found else [f"{update}, though its losses are"]
 

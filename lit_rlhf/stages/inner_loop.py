@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -208,8 +207,8 @@ class InnerLoop(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip policy and critic each by its own norm, and note the norms; make no step that is not finite."""
-        where = partial(bad_microbatches, self)
-        self.rollout_metrics |= clip_finite(self, optimizer, gradient_clip_val, gradient_clip_algorithm, where)
+        limits = gradient_clip_val, gradient_clip_algorithm
+        self.rollout_metrics |= clip_finite(self, optimizer, *limits, lambda _: bad_microbatches(self))
 
     # -- after ------------------------------------------------------------------------------------------------------
 

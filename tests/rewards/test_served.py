@@ -291,7 +291,11 @@ def test_no_password_is_taken_from_netrc_and_no_proxy_on_this_machine(server, mo
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert score(server.url) == [14.0, 21.0]
-    assert "Authorization" not in server.headers[0]
+    monkeypatch.setattr("lit_rlhf.rewards.post.is_here", lambda url: False)  # another machine, its proxy aside
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert score(server.url) == [14.0, 21.0]
+    assert not [headers for headers in server.headers if "Authorization" in headers]
 
 
 @pytest.mark.parametrize("url", ["https://judge.example/classify", "http://localhost:1/a", "http://[::1]:8000/b"])

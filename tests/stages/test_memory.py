@@ -57,7 +57,7 @@ def test_while_sampling_or_scoring(where, phase, knob, model_folder):
         module.rewards.judge = fail(ON_GPU)
     else:
         module.reference.token_logprobs = fail(ON_GPU)
-    with pytest.raises(OutOfMemory, match=f"out of memory in the {phase}. To lower it: .*{knob}"):
+    with pytest.raises(OutOfMemory, match=f"^out of memory in the {phase}. To lower it: .*{knob}"):
         arena.fit(module, [arena.prompts(4)])
 
 
