@@ -294,7 +294,7 @@ def test_no_password_is_taken_from_netrc_and_no_proxy_on_this_machine(server, mo
     monkeypatch.setattr("lit_rlhf.rewards.post.is_here", lambda url: False)  # another machine, its proxy aside
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert score(server.url) == [14.0, 21.0]
+    assert score(server.url, allow_http=True) == [14.0, 21.0]
     assert not [headers for headers in server.headers if "Authorization" in headers]
 
 
