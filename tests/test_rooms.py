@@ -45,6 +45,7 @@ LIBRARIES: dict[str, set[str]] = {
     "jsonargparse": {"commands", "cli"},
     "matplotlib": {"demo"},
     "vaderSentiment": {"rewards"},
+    "requests": {"rewards"},
 }
 ONLY_TORCH = {"batch", "checkpoints", "objectives"}
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import inspect
 import math
-import os
-import threading
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeAlias
 
@@ -17,48 +13,11 @@ from torch import Tensor, nn
 from lit_rlhf.batch import Rollout
 from lit_rlhf.rewards.protocol import Reward, RewardError, accepted, checked, complaint, failure, on_device, reward_name
 from lit_rlhf.rewards.steps import Steps, check_steps, padded_steps
+from lit_rlhf.rewards.waiting import wait_for
 
 __all__ = ["Reward", "RewardError", "Rewards"]
 
 RESERVED = ("prompts", "completions", "completion_ids")
-
-
-@functools.lru_cache(maxsize=1)
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """Event loop in a thread of its own, one a process (threads do not survive a fork).
-
-    It outlives the call, so that a client that a reward keeps open stays usable, and it is another thread's, so that
-    rewards also run where a loop is running already (a notebook).
-    """
-    loop = asyncio.new_event_loop()
-
-    def run() -> None:
-        torch.set_grad_enabled(False)  # grad mode is a thread's own
-        loop.run_forever()
-
-    threading.Thread(target=run, name=f"rewards-{process}", daemon=True).start()
-    return loop
-
-
-async def _outcome(awaitable: Awaitable[Any]) -> Any:
-    try:
-        return await awaitable
-    except BaseException as error:  # SystemExit, too: it would end the loop's thread, and the caller would wait forever
-        return error
-
-
-async def _together(awaitables: list[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*map(_outcome, awaitables))
-
-
-def _wait_for(awaitables: list[Awaitable[Any]]) -> list[Any]:
-    """Results, or exceptions, of all awaitables, run concurrently."""
-    future = asyncio.run_coroutine_threadsafe(_together(awaitables), _event_loop(os.getpid()))
-    try:
-        return future.result()
-    except BaseException:  # Ctrl-C: do not leave requests running behind the user's back
-        future.cancel()
-        raise
 
 
 _Said: TypeAlias = "tuple[list[float] | Tensor, list[Steps | None] | None]"  # values, and what was said of steps
@@ -188,7 +147,7 @@ class Rewards(nn.Module):
                     awaitable.close()  # else Python warns that it was never awaited
             raise
         if waiting:
-            for i, result in zip(waiting, _wait_for(list(waiting.values())), strict=True):
+            for i, result in zip(waiting, wait_for(list(waiting.values())), strict=True):
                 if isinstance(result, BaseException):
                     raise failure(result, self.names[i], prompts) from result
                 results[i] = _said(result, self.names[i], rollout, prompts)

@@ -141,6 +141,8 @@ def failure(error: BaseException, name: str, prompts: list[Any]) -> RewardError:
     """What to raise from an exception that a reward raised."""
     if isinstance(error, RowError):
         return complaint(name, error.row, error.problem, prompts)
+    if isinstance(error, RewardError):  # says itself which reward
+        return RewardError(f"{error}. {_whole(prompts)}")
     return RewardError(f"reward {name!r} raised {type(error).__name__}: {error}. {_whole(prompts)}")
 
 

@@ -103,7 +103,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor | N
             padded[:, :vocabulary] = _filtered(weights, sampling)
         block = _pick(blocks.sum(dim=-1), uniform[:, 0])
         inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
-        token = block * _BLOCK + _pick(inside, uniform[:, 1])
+        # Among NaN nothing can be found: such a row, which is refused in the end, must still draw a token that exists.
+        token = (block * _BLOCK + _pick(inside, uniform[:, 1])).clamp(max=vocabulary - 1)
     logprob = logits.gather(1, token) - top
     return token.squeeze(1), logprob.squeeze(1) - total.log()
 

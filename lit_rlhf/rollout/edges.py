@@ -68,12 +68,16 @@ def finish(
         stops: ids that end a response.
         sampler_logprobs: [B, T] of the tokens as drawn; set to 0 outside the responses.
         sampler_entropy: the same of the distributions' entropy.
+
+    Raises:
+        FloatingPointError: a log-probability is not finite, as where the policy's logits were not.
     """
     is_stop = torch.isin(response, torch.tensor(stops, dtype=response.dtype, device=response.device))
     ended = is_stop.any(dim=1)
     length = torch.where(ended, is_stop.int().argmax(dim=1) + 1, response.shape[1])
     longest = int(length.max()) if len(response) else 0
     mask = torch.arange(longest, device=response.device) < length[:, None]
+    _refuse_nonfinite(prompts, sampler_logprobs[:, :longest].isfinite() | ~mask)
     response = response[:, :longest].masked_fill(~mask, tokenizer.pad_token_id)
     texts = _continuations(tokenizer, prompts, response, length.tolist())
     return Rollout(
@@ -88,6 +92,22 @@ def finish(
         sampler_logprobs=sampler_logprobs[:, :longest].masked_fill(~mask, 0.0),
         sampler_entropy=None if sampler_entropy is None else sampler_entropy[:, :longest].masked_fill(~mask, 0.0),
     )
+
+
+def _refuse_nonfinite(prompts: Prompts, sound: Tensor) -> None:
+    """Looked at once, when all is drawn: a look at every step would make a GPU wait for each."""
+    wrong = (~sound.all(dim=1)).nonzero().flatten().tolist()
+    if wrong:
+        steps = sound.int().argmin(dim=1).tolist()  # of each row the first that is not
+        shown = [
+            f"row {row} from token {steps[row]} ({' '.join(str(prompts.prompts[row]).split())[:40]!r})"
+            for row in wrong[:4]
+        ]
+        raise FloatingPointError(
+            f"the policy's logits are not finite (NaN or infinite) for {len(wrong)} of {len(sound)} prompts: "
+            f"{', '.join(shown)}. Its weights are damaged, or overflow in this precision: go back to an earlier "
+            "checkpoint, lower optim.lr, set trainer.gradient_clip_val, or train in 32-true or bf16-mixed"
+        )
 
 
 def _continuations(tokenizer: Any, prompts: Prompts, response: Tensor, lengths: list[int]) -> list[str]:

@@ -39,6 +39,9 @@ class _Record:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.note(input_ids)
         self.last = (scores.float() / (self.sampling.temperature or 1.0)).log_softmax(dim=-1)
+        # One NaN makes all of a row's log-probabilities NaN. It is refused in the end; drawing from it would fail
+        # without saying of which row, and on a GPU take the process down.
+        scores = scores.masked_fill(self.last[:, :1].isnan(), 0.0)
         if self.stops and input_ids.shape[1] - self.prompt_length < self.sampling.min_new_tokens:
             scores = scores.clone()
             scores[:, self.stops] = -torch.inf

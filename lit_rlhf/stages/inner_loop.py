@@ -23,8 +23,10 @@ from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import Average, can_share, forget_in_checkpoints, keep_adapters_only
 from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
+from lit_rlhf.stages.finite import Watch, bad_microbatches, clip_finite
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
-from lit_rlhf.stages.optim import clip_gradients
+from lit_rlhf.stages.memory import explained, microbatch_sizes
+from lit_rlhf.stages.optim import Optim
 from lit_rlhf.stages.penalties import steer_penalty
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
@@ -50,6 +52,7 @@ class InnerLoop(LightningModule):
     average: Average | None
     kl: KL
     clip: Clip
+    optim: Optim
     kl_coef: Tensor
     clip_penalty: Tensor
     episodes: Tensor
@@ -77,6 +80,7 @@ class InnerLoop(LightningModule):
         self._ddp_params_and_buffers_to_ignore = own
         forget_in_checkpoints(self, ("rewards",) if self.refreshes_reference else ("reference", "rewards"))
         keep_adapters_only(self, networks)
+        self.watch = Watch(self, self.optim)
         for weight, first in (("kl_coef", self.kl.coef), ("clip_penalty", self.clip.penalty)):
             self.register_buffer(weight, torch.tensor(float(first), dtype=torch.double))
 
@@ -105,7 +109,7 @@ class InnerLoop(LightningModule):
     def timed(self, phase: str) -> Iterator[None]:
         """Note the wall-clock seconds of a phase as ``time/{phase}``."""
         started = time.perf_counter()
-        with torch.profiler.record_function(phase):
+        with torch.profiler.record_function(phase), explained(phase):
             yield
         self._wait()
         spent = self.rollout_metrics.get(f"time/{phase}", 0.0)  # a phase may come more than once
@@ -156,8 +160,9 @@ class InnerLoop(LightningModule):
         self._closure, started = optimizer_closure, time.perf_counter()
         for step in range(self.updates.count):
             self.updates.step, self.updates.passes = step, 0
-            optimizer.step(closure=self._accumulate)
-            self.update_count += 1
+            with explained("update", lambda: microbatch_sizes(self)):
+                optimizer.step(closure=self._accumulate)
+            self.update_count += not self.watch.in_a_row
             if self._kl_exceeded(step):
                 break
         optimizer.zero_grad(set_to_none=True)
@@ -178,6 +183,7 @@ class InnerLoop(LightningModule):
             self._zero_grad = loss is None
             self._sync_gradients()
             loss = self._closure()  # Lightning's: training_step, zero_grad, backward
+            self.watch.note(loss)
         return loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -207,8 +213,9 @@ class InnerLoop(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip policy and critic each by its own norm, and note the norms."""
-        self.rollout_metrics |= clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip policy and critic each by its own norm, and note the norms; make no step that is not finite."""
+        limits = gradient_clip_val, gradient_clip_algorithm
+        self.rollout_metrics |= clip_finite(self, optimizer, *limits, lambda _: bad_microbatches(self))
 
     # -- after ------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,9 @@ class Optim:
         schedule: what the learning rate does after the warm-up: stays, or falls to ``final_fraction`` of the peak.
         warmup_steps: optimizer steps (in RL: rollouts) of linear rise from 0.
         final_fraction: where a falling schedule ends, as a fraction of the peak (InstructGPT's cosine: 0.1).
+        nonfinite: what a NaN or infinite loss or gradient does: ``stop`` the run with an error that says where, or
+            ``skip`` the optimizer step.
+        most_skips: steps skipped in a row after which the run stops all the same.
     """
 
     lr: float = 1e-5
@@ -34,8 +37,15 @@ class Optim:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     final_fraction: float = 0.1
+    nonfinite: Literal["stop", "skip"] = "stop"
+    most_skips: int = 10
 
     def __post_init__(self) -> None:
+        if self.nonfinite not in ("stop", "skip") or self.most_skips < 0:
+            raise ValueError(
+                f"optim.nonfinite={self.nonfinite!r} and optim.most_skips={self.most_skips}: expected 'stop' or "
+                "'skip', and 0 or more"
+            )
         self.betas = (self.betas[0], self.betas[1])  # a checkpoint gives a list back
 
 
@@ -123,39 +133,34 @@ def forget_moments(optimizer: torch.optim.Optimizer, name: str) -> None:
             optimizer.state.pop(parameter, None)
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> dict[str, Tensor]:
+def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Norm of each named parameter group's gradient, over all ranks (a DTensor where weights are sharded)."""
+    return {
+        group["name"]: torch.nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None]).detach()
+        for group in optimizer.param_groups
+    }
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, norms: Mapping[str, Tensor], limit: float | None, algorithm: str | None
+) -> None:
     """Clip each parameter group by its own norm: in PPO the critic's gradient must not shrink the policy's.
 
     Lightning's own clipping refuses fused optimizers under bf16-mixed, where nothing is scaled.
 
     Args:
         optimizer: its named parameter groups hold the gradients.
-        limit: largest norm (or value) of a gradient; None = no limit, the norms are only measured.
+        norms: from `gradient_norms`.
+        limit: largest norm (or value) of a gradient; None = no limit.
         algorithm: Lightning's ``gradient_clip_algorithm``: "value" clips each number, else the norm counts.
-
-    Returns:
-        ``{group}/grad_norm`` before clipping; empty when values are clipped.
     """
-    norms = {}
+    if not limit:
+        return
     for group in optimizer.param_groups:
         if algorithm == "value":
-            torch.nn.utils.clip_grad_value_(group["params"], limit or math.inf)
+            torch.nn.utils.clip_grad_value_(group["params"], limit)
         else:
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf)
-            norms[f"{group['name']}/grad_norm"] = (
-                norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            ).detach()
-    return norms
-
-
-def clip_and_log(
-    module: LightningModule,
-    optimizer: torch.optim.Optimizer,
-    gradient_clip_val: float | None = None,
-    gradient_clip_algorithm: str | None = None,
-) -> None:
-    """Clip the gradient and log its norm; a stage takes it as its ``configure_gradient_clipping``."""
-    module.log_dict(clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm), batch_size=1)
+            torch.nn.utils.clip_grads_with_norm_(group["params"], limit, norms[group["name"]])
 
 
 def divide_gradients(optimizer: torch.optim.Optimizer, count: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,7 +106,8 @@ def steer_kl(stage: PPO | GRPO, sequence_kl: Tensor, responses: int) -> None:
     target = stage.kl.target
     if target is not None:
         seen, beta = float(stage.mean_over_ranks(sequence_kl)), float(stage.kl_coef)
-        beta = adapt_kl_coef(beta, seen, target=target, horizon=stage.kl.horizon, samples=responses)
+        if math.isfinite(seen):  # else β would be lost for good; the step that follows is not made
+            beta = adapt_kl_coef(beta, seen, target=target, horizon=stage.kl.horizon, samples=responses)
         stage.kl_coef.fill_(beta)
 
 

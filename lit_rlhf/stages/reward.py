@@ -12,9 +12,11 @@ from lit_rlhf.batch import Pairs
 from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar
 from lit_rlhf.objectives import best_of_k_loss, centering_loss, group_mean, pairwise_loss
 from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.finite import Watch, clip_and_log
 from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.held_out import HeldOut
-from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
+from lit_rlhf.stages.memory import explained_backward, explains_memory
+from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_ranked
 from lit_rlhf.stages.resume import greet
 
@@ -71,6 +73,7 @@ class RewardModeling(LightningModule):
         self.tokenizer = load_tokenizer(tokenizer or model, trust_remote_code=network.trust_remote_code)
         self.reward = load_scalar(model, network, seed=seed)
         keep_adapters_only(self, ["reward"])
+        self.watch = Watch(self, self.optim)
         self.loss, self.margin, self.label_smoothing = loss, margin, label_smoothing
         self.center, self.normalize = center, normalize
         self.step_prompts = 0.0
@@ -96,11 +99,13 @@ class RewardModeling(LightningModule):
         """Refuse the Trainer settings that would quietly train something else."""
         refuse_half_precision_weights(self.trainer)
 
+    @explains_memory("reward")
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Sum of the prompts' losses; the step's gradient is divided by its prompts before clipping."""
         losses, scores = self.compare(batch)
         total, better, worse = losses.sum(), scores[batch.better], scores[batch.worse]
         self.step_prompts += len(batch)
+        self.watch.note(losses)
         self.log_dict(
             {
                 "loss": total.detach() / len(batch),
@@ -121,7 +126,7 @@ class RewardModeling(LightningModule):
         divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
         self.step_prompts = 0.0
 
-    configure_gradient_clipping = clip_and_log
+    backward, configure_gradient_clipping = explained_backward, clip_and_log
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Held-out loss, accuracy and calibration; what the scores have to do with length; their mean and spread."""

@@ -27,9 +27,11 @@ from lit_rlhf.objectives import next_token_loss
 from lit_rlhf.rewards import Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
+from lit_rlhf.stages.finite import Watch, clip_and_log
 from lit_rlhf.stages.guards import refuse_half_precision_weights
 from lit_rlhf.stages.measure import SHOWN, answer
-from lit_rlhf.stages.optim import Optim, clip_and_log, configure, divide_gradients
+from lit_rlhf.stages.memory import explained_backward, explains_memory
+from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
@@ -83,6 +85,7 @@ class SFT(LightningModule):
             self.rewards.bind(self.tokenizer)
             forget_in_checkpoints(self, ["rewards"])
         keep_adapters_only(self, ["policy"])
+        self.watch = Watch(self, self.optim)
         if not 0 <= neftune_alpha < float("inf"):
             raise ValueError(f"neftune_alpha is {neftune_alpha}: expected 0 for no noise, or more (5 is usual)")
         self.packing, self.neftune_alpha = packing, neftune_alpha
@@ -108,10 +111,12 @@ class SFT(LightningModule):
         """Refuse the Trainer settings that would quietly train something else."""
         refuse_half_precision_weights(self.trainer)
 
+    @explains_memory("policy")
     def training_step(self, batch: Examples, batch_idx: int) -> Tensor:
         """Sum of the batch's negative log-likelihood; the step's gradient is divided by its tokens before clipping."""
         logprobs, correct, mask = self.read(batch, self.draw(batch))
         total, count = next_token_loss(logprobs, mask, 1.0), mask.sum()
+        self.watch.note(logprobs.where(mask, 0.0).sum(dim=1))
         self.step_tokens += count  # a tensor: asking for its value here would make a GPU wait
         self.tokens += count
         mean = total.detach() / count.clamp(min=1)
@@ -138,7 +143,7 @@ class SFT(LightningModule):
         divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
         self.step_tokens = 0
 
-    configure_gradient_clipping = clip_and_log
+    backward, configure_gradient_clipping = explained_backward, clip_and_log
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's samples."""

@@ -294,3 +294,25 @@ def test_a_tokenizer_without_padding_is_refused(policy, tokenizer):
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):
         draw(policy, tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_name_their_rows(value, temperature, tokenizer):
+    """Also in a vocabulary that fills no whole block of the draw: no token beyond it is ever read."""
+    policy = tiny.tiny_llama(seed=2)
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[12] = value
+    prompts, settings = prompts_of([[5, 6], [7, 8, 9], [12]]), {"temperature": temperature, "max_new_tokens": 2}
+    for sampler in (None, lambda: DecodeSampler(cuda_graphs=True)):
+        with pytest.raises(FloatingPointError, match=r"for 1 of 3 prompts: row 2 from token 0 \('p2'\)"):
+            draw(policy, tokenizer, prompts, sampler=sampler, **settings)
+
+
+def test_logits_that_become_infinite_later_say_from_which_token(tokenizer):
+    policy = tiny.tiny_llama(seed=2)
+    first = draw(policy, tokenizer, prompts_of([[5, 6]]), max_new_tokens=4, temperature=0.0).response_ids[0, 1]
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[first] = float("nan")
+    with pytest.raises(FloatingPointError, match="row 0 from token 2"):
+        draw(policy, tokenizer, prompts_of([[5, 6]]), max_new_tokens=6, temperature=0.0)

@@ -118,7 +118,8 @@ def test_every_optimizer_setting_moves_the_weights(model_folder):
     ]
     linear, to_nothing = (Optim(lr=1e-3, schedule="linear", final_fraction=fraction) for fraction in (0.5, 0.0))
     assert not torch.equal(sft(model_folder, optim=linear)[0], sft(model_folder, optim=to_nothing)[0])
-    assert {*OPTIM, "final_fraction"} == set(inspect.signature(Optim).parameters)
+    in_test_finite = {"nonfinite", "most_skips"}
+    assert {*OPTIM, "final_fraction"} | in_test_finite == set(inspect.signature(Optim).parameters)
 
 
 @pytest.mark.parametrize("stage", [SFT, RewardModeling])

@@ -27,7 +27,7 @@ SAME = {
 def on_two(model_folder, tmp_path_factory) -> dict[str, list]:
     """By stage, weights and metrics after every batch, of each rank; all from one pair of processes."""
     root, out = HERE.parent.parent, tmp_path_factory.mktemp("ranks")
-    names = [*SAME, "ppo", "grpo", "grpo_groups"]
+    names = [*SAME, "ppo", "grpo", "grpo_groups", "sft_skip"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -78,3 +78,10 @@ def test_ranks_replace_silent_groups_each_for_itself(model_folder, on_two):
     assert [row["groups/zero_std_fraction"] for row in metrics] == [0, 0]
     assert torch.equal(one[1], two[1])
     assert metrics == other_metrics
+
+
+def test_ranks_leave_out_a_step_together(on_two):
+    """Rank 1 alone has an infinite loss, in the first of two steps; without rank 0's consent the weights would part."""
+    (one, metrics), (two, other_metrics) = on_two["sft_skip"]
+    assert torch.equal(one[-1], two[-1])
+    assert metrics[-1]["skipped_updates"] == other_metrics[-1]["skipped_updates"] == 1

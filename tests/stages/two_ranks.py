@@ -22,6 +22,15 @@ from lit_rlhf.stages import GRPO, KL, PPO, SFT, Advantages, Optim, Shaping, Upda
 ADAM = Optim(lr=1e-3, eps=1e-5)
 
 
+class OnceInfinite(SFT):
+    """Its first loss on rank 1 is infinite, and no gradient is."""
+
+    def read(self, batch, noise=None):
+        logprobs, correct, learned = super().read(batch, noise)
+        infinite = float("-inf") if self.global_rank == 1 and self.global_step == 0 else 0.0
+        return logprobs + infinite, correct, learned
+
+
 def shares(whole: Any) -> list:
     """Every second row for each of two ranks, as RankSampler shares them out."""
     rows = [torch.arange(start, len(whole), 2) for start in (0, 1)]
@@ -81,6 +90,9 @@ def build(name: str, folder: str, devices: int) -> tuple[L.LightningModule, list
             updates = Updates(**loop, target_kl=0.5)
             return PPO(folder, [arena.low_ids], sampling=arena.SHORT, updates=updates), whole, parts
         return GRPO(folder, [arena.low_ids], **both, updates=Updates(**loop)), whole, parts
+    if name == "sft_skip":
+        stage = OnceInfinite(folder, optim=Optim(lr=1e-3, nonfinite="skip"))
+        return stage, [arena.examples(4)] * 2, [[arena.examples(4)] * 2] * 2
     updates = Updates(epochs=2, micro_batch_tokens=40)
     if name == "sft":
         stage, whole = SFT(folder, optim=Optim(lr=1e-3)), [arena.examples(8)] * 2
