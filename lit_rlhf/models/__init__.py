@@ -1,7 +1,7 @@
 """Networks: loaded, run, saved, given a role."""
 
 from lit_rlhf.models.adapters import adapters_off, has_adapters
-from lit_rlhf.models.average import Average
+from lit_rlhf.models.average import Average, averaged
 from lit_rlhf.models.causal import (
     load_causal,
     load_tokenizer,
@@ -33,6 +33,7 @@ __all__ = [
     "Network",
     "Reference",
     "adapters_off",
+    "averaged",
     "can_share",
     "embedding_noise",
     "evaluating",

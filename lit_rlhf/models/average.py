@@ -54,3 +54,13 @@ class Average(nn.Module):
             with torch.no_grad():
                 for (_, weight), before in zip(weights, own, strict=True):
                     weight.copy_(before)
+
+
+@contextmanager
+def averaged(network: nn.Module, average: Average | None) -> Iterator[None]:
+    """Put a network's averaged weights, where there are any, in place of its own for as long as the context lasts."""
+    if average is None:
+        yield
+    else:
+        with average.standing_in(network):
+            yield

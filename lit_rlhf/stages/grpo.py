@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models import Average, Dtype, Network, Reference, load_causal, load_tokenizer, save_folder
+from lit_rlhf.models import Average, Dtype, Network, Reference, averaged, load_causal, load_tokenizer, save_folder
 from lit_rlhf.objectives import (
     aggregate,
     baseline_advantages,
@@ -211,5 +211,5 @@ class GRPO(InnerLoop):
 
     def export(self, folder: str, merge: bool = True) -> None:
         """Write the policy, or its average, as a Hugging Face folder (adapters merged, or as an adapter folder)."""
-        with self.averaged():
+        with averaged(self.policy, self.average):
             save_folder(self.policy, self.tokenizer, folder, merge=merge)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,10 +145,6 @@ class InnerLoop(LightningModule):
         self.updates.draw_up(rollout, seed, self.max_over_ranks, shares and can_share(self.policy))
         self._sync_gradients()
         torch.manual_seed(seed_for(self.seed, "dropout", self.global_step, self.global_rank))
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The policy's averaged weights in place of its own, where there are any, as long as the context lasts."""
-        return nullcontext() if self.average is None else self.average.standing_in(self.policy)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from lit_rlhf.models import (
     Dtype,
     Network,
     Reference,
+    averaged,
     load_causal,
     load_tokenizer,
     response_values,
@@ -228,5 +229,5 @@ class PPO(InnerLoop):
 
     def export(self, folder: str, merge: bool = True) -> None:
         """Write the policy, or its average, as a Hugging Face folder (adapters merged, or as an adapter folder)."""
-        with self.averaged():
+        with averaged(self.policy, self.average):
             save_folder(self.policy, self.tokenizer, folder, merge=merge)

@@ -91,7 +91,8 @@ def test_microbatches_change_nothing(build, model_folder):
     for micro_batch_tokens in (None, 1, 30):
         stage = build(model_folder, updates=Updates(epochs=2, minibatches=2, micro_batch_tokens=micro_batch_tokens))
         log = arena.Log()
-        arena.fit(stage, [arena.prompts(4), arena.prompts(4, seed=1)], callbacks=[log], gradient_clip_val=1.0)
+        # One rollout: the next would be drawn from weights that differ in their last digits, and a draw may tip over.
+        arena.fit(stage, [arena.prompts(4)], callbacks=[log], gradient_clip_val=1.0)
         results.append((arena.weights(stage), log.rows[-1]))
     for weights, metrics in results[1:]:
         torch.testing.assert_close(weights, results[0][0], atol=2e-5, rtol=0)
