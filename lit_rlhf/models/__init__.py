@@ -12,8 +12,6 @@ from lit_rlhf.models.causal import (
 )
 from lit_rlhf.models.heads import (
     load_scalar,
-    new_value_head,
-    policy_and_values,
     response_values,
     save_scalar,
     sequence_scores,
@@ -25,6 +23,7 @@ from lit_rlhf.models.packing import packed_next_token_logprobs
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
 from lit_rlhf.models.sharding import gathered, is_sharded, reshard, shard, unsharded_trainables
 from lit_rlhf.models.sharing import can_share
+from lit_rlhf.models.trunk import new_value_head, policy_and_values
 
 __all__ = [
     "Average",

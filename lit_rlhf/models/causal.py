@@ -140,8 +140,7 @@ def response_tokens(
         model: a causal language model.
         rollout: prompts and responses; only ids and masks are read.
         temperature: divides the logits; more than 0.
-        entropy: also the entropies.
-        hidden: also the states that the head reads.
+        entropy, hidden: also the entropies, and the states that the head reads.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
@@ -162,10 +161,6 @@ def token_logprobs(
 def token_logprobs(
     model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
-@overload
-def token_logprobs(
-    model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: bool
-) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     model: Any, rollout: Rollout, *, temperature: float = 1.0, entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import inject_adapters
-from lit_rlhf.models.causal import response_tokens, write_folder
+from lit_rlhf.models.causal import write_folder
 from lit_rlhf.models.network import Network, load_config, load_weights, to_left_edge
 from lit_rlhf.models.prefix import Shared, read_shared, shared_prompts
 from lit_rlhf.models.sharing import can_share
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def _init_head(head: nn.Linear, seed: int) -> None:
+def init_head(head: nn.Linear, seed: int) -> None:
     """Draw the head's weights from N(0, 1/(d + 1)), variance-wise (Stiennon et al. 2020, appendix B.1)."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
@@ -66,7 +66,7 @@ def load_scalar(name: str, network: Network | None = None, *, seed: int = 0) -> 
     if missing - {"score.weight"} or (is_classifier and missing):
         raise ValueError(f"{name} lacks weights: {', '.join(sorted(missing)[:3])}")
     if model.head_is_new:
-        _init_head(head, seed)
+        init_head(head, seed)
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:  # transformers' own pooling wants one; ours reads the mask
         eos = text_config.eos_token_id
@@ -75,43 +75,6 @@ def load_scalar(name: str, network: Network | None = None, *, seed: int = 0) -> 
         inject_adapters(model, network.lora, task="SEQ_CLS", seed=seed)
         model.score.requires_grad_(True)
     return model
-
-
-def new_value_head(policy: Any, *, seed: int = 0) -> nn.Linear:
-    """A new scalar head for the policy's own trunk; weights as in `load_scalar`, in float32.
-
-    Args:
-        policy: whose hidden states it reads.
-        seed: of the weights.
-    """
-    head = nn.Linear(policy.get_output_embeddings().in_features, 1, bias=False, device=policy.device)
-    _init_head(head, seed)
-    return head
-
-
-def policy_and_values(
-    policy: Any, head: nn.Linear, rollout: Rollout, *, temperature: float = 1.0, entropy: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probs of the response tokens and the values of the states before them, from one pass through the policy.
-
-    The state before token t is the one that predicts it, so both heads read the same hidden states.
-
-    Args:
-        policy: a causal language model.
-        head: from `new_value_head`.
-        rollout: prompts and responses; only ids and masks are read.
-        temperature: that of the sampler; does not touch the values.
-        entropy: also give the entropy of each distribution.
-
-    Returns:
-        logprobs [B, T], entropy [B, T] or None, values [B, T]; float32, 0 where the mask is False.
-    """
-    place, found = response_tokens(policy, rollout, temperature=temperature, entropy=entropy, hidden=True)
-    nothing = found.logprobs.new_zeros(rollout.mask.shape)
-    assert found.hidden is not None
-    values = head(found.hidden.to(head.weight.dtype)).squeeze(-1).float()
-    logprobs, values = nothing.index_put(place, found.logprobs), nothing.index_put(place, values)
-    return logprobs, nothing.index_put(place, found.entropy) if entropy else None, values
 
 
 @contextmanager

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Up to this many logits are made once, and become their own gradient where they stand (256 MB in float32).
-# More are made in chunks of rows, twice: once forward, once backward.
+# Up to this many logits are made once, and become their own gradient in place (256 MB in float32); more in chunks, twice.
 KEPT_LOGITS = 2**26
 CHUNK_LOGITS = 2**25
 # On a CPU the softmax of this many at a time stays in the core's cache; a GPU takes a whole chunk.
@@ -30,7 +29,7 @@ class Chosen(NamedTuple):
     logprobs: Tensor  # [N] float32, log π(target)
     entropy: Tensor  # [N] float32, in nats
     correct: Tensor  # [N] bool, True = the target is the likeliest token
-    hidden: Tensor | None = None  # [N, d] the states that the head read
+    hidden: Tensor | None = None  # [N, d] that the head read
 
 
 class _Asked(NamedTuple):

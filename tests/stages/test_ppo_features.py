@@ -436,7 +436,7 @@ def test_the_average_under_adapters_is_that_of_the_adapters(model_folder, tmp_pa
     assert all("lora_" in name for name in buffers)
     torch.testing.assert_close(torch.cat([b.flatten() for b in buffers.values()]), mean)
     stage.export(str(tmp_path))
-    with stage.averaged():
+    with stage.average.standing_in(stage.policy):
         expected = token_logprobs(stage.policy, arena.rollout([3, 2]))
     own = token_logprobs(stage.policy, arena.rollout([3, 2]))
     exported = token_logprobs(load_causal(str(tmp_path)), arena.rollout([3, 2]))
