@@ -43,9 +43,7 @@ __all__ = [
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can pad: without a padding token of its own it pads with its end token.
-
-    That does no harm here, since masks come from lengths and never from ids.
+    """Load a tokenizer that can pad, with its end token if need be: masks come from lengths and never from ids.
 
     Args:
         name: folder or hub id.
@@ -138,9 +136,10 @@ def response_tokens(
 
     Args:
         model: a causal language model.
-        rollout: prompts and responses; only ids and masks are read.
+        rollout: prompts and responses.
         temperature: divides the logits; more than 0.
-        entropy, hidden: also the entropies, and the states that the head reads.
+        entropy: also the entropies.
+        hidden: also the states that the head reads.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
