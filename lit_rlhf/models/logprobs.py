@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# So many logits are made once, and become their own gradient in place (256 MB in float32); more are made twice, in chunks.
+# So many logits are made once, and become their own gradient in place (256 MB in float32); more are made twice.
 KEPT_LOGITS = 2**26
 CHUNK_LOGITS = 2**25
 # On a CPU the softmax of this many at a time stays in the core's cache; a GPU takes a whole chunk.
