@@ -1,7 +1,7 @@
 """Every algorithm on the demo's stories, over several seeds: ``python benchmarks/algorithms/demo.py FOLDER``.
 
 For each seed the world, the SFT policy and the reward model are made once, as ``lit-rlhf demo`` makes them; then each
-recipe (recipes.py) trains from there, and all are measured on the same held-out prompts. What is there already is not
+contender (contenders.py) trains from there; all are measured on the same held-out prompts. What is there already is not
 made again. Prints a table and draws the curves.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes import RECIPES
+from contenders import RECIPES
 
 from lit_rlhf.data import PromptData, SFTData
 from lit_rlhf.demo.judge import gold

@@ -1,6 +1,7 @@
-"""Makes the scripts of benchmarks/speed importable: they import one another by bare names."""
+"""Makes the scripts of benchmarks importable: those of a folder import one another by bare names."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "speed"))
+for folder in ("speed", "algorithms"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / folder))
