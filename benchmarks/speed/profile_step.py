@@ -6,6 +6,8 @@ The same work as in peers.py, without a peer; the share of the matrix products s
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import tempfile
 from pathlib import Path
 
@@ -14,10 +16,28 @@ import side_ours
 import torch
 from peers import TASKS
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 from work import Work, save_models
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 ATTENTION = ("scaled_dot_product", "_flash_attention")
+
+
+def print_python(trainer: L.Trainer, stage: L.LightningModule, loader: DataLoader, rows: int) -> None:
+    """Where the Python of a toy model's steps goes: shares of a step in this project's and Lightning's functions.
+
+    Functions are counted with all that they call, so shares overlap; the profiler makes calls dearer than they are.
+    """
+    found = cProfile.Profile()
+    found.enable()
+    trainer.fit(stage, loader)
+    found.disable()
+    stats = pstats.Stats(found).stats  # type: ignore[attr-defined]
+    seen = sorted(((took, place, count) for place, (_, count, _, took, _) in stats.items()), reverse=True)
+    ours = [one for one in seen if any(room in one[1][0] for room in ("lit_rlhf", "lightning/pytorch/core/module"))]
+    whole = ours[0][0]
+    for took, (file, line, name), count in ours[:rows]:
+        print(f"{took / whole:6.1%} {count:8d} × {Path(file).name}:{line} {name}")
 
 
 def main() -> None:
@@ -37,6 +57,8 @@ def main() -> None:
         stage, loader = side_ours.prepare(work, Path(name))
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = L.Trainer(max_steps=asked.steps, accelerator="cpu", enable_model_summary=False, **quiet)
+        if asked.task.startswith("loop_"):
+            return print_python(trainer, stage, loader, asked.rows)
         with profile(activities=[ProfilerActivity.CPU]) as found:
             trainer.fit(stage, loader)
     events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
