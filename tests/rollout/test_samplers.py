@@ -304,7 +304,7 @@ def test_logits_that_are_not_finite_name_their_rows(value, temperature, tokenize
     with torch.no_grad():
         policy.model.embed_tokens.weight[12] = value
     prompts, settings = prompts_of([[5, 6], [7, 8, 9], [12]]), {"temperature": temperature, "max_new_tokens": 2}
-    for sampler in (None, lambda: DecodeSampler(cuda_graphs=True)):
+    for sampler in (None, DecodeSampler(cuda_graphs=True)):
         with pytest.raises(FloatingPointError, match=r"for 1 of 3 prompts: row 2 from token 0 \('p2'\)"):
             draw(policy, tokenizer, prompts, sampler=sampler, **settings)
 
