@@ -39,11 +39,11 @@ def start(folder: Path, seed: int, fast: bool) -> Path:
         train_sft(run, sizes, seed)
         make_pairs(run, sizes, seed)
         train_reward(run, sizes, seed)
-        stories = [json.loads(line) for line in (run / "data/stories.jsonl").read_text().splitlines()]
-        texts = [json.dumps({"text": row["prompt"] + row["completion"]}) + "\n" for row in stories]
-        held_out = max(8, len(texts) // 20)
-        (run / "data/texts.jsonl").write_text("".join(texts[held_out:]))
-        (run / "data/held_out_texts.jsonl").write_text("".join(texts[:held_out]))
+        stories = (run / "data/stories.jsonl").read_text().splitlines(keepends=True)
+        held_out, rows = max(8, len(stories) // 20), [json.loads(line) for line in stories]
+        texts = [json.dumps({"text": row["prompt"] + row["completion"]}) + "\n" for row in rows[held_out:]]
+        (run / "data/texts.jsonl").write_text("".join(texts))
+        (run / "data/held_out_stories.jsonl").write_text("".join(stories[:held_out]))
     return run
 
 
@@ -74,14 +74,16 @@ def train(run: Path, name: str, seed: int, steps: int) -> None:
 
 
 @torch.no_grad()
-def perplexity(policy: Path, texts: Path) -> float:
-    """Of held-out texts, prompt and story, under a policy."""
-    model, data = load_causal(str(policy)).eval(), SFTData(str(texts), val=str(texts), limit=8, tokenizer=str(policy))
+def perplexity(policy: Path, stories: Path) -> float:
+    """Of the words of held-out stories, each after its prompt (which nothing but PPO-ptx learns to write)."""
+    model = load_causal(str(policy)).eval()
+    data = SFTData(str(stories), val=str(stories), limit=8, tokenizer=str(policy), val_batch_size=64)
     data.setup("validate")
     total, count = 0.0, 0
     for batch in data.val_dataloader():
-        logprobs, _ = next_token_logprobs(model, batch.ids, batch.mask)
-        total, count = total - float(logprobs.sum()), count + int((logprobs != 0).sum())
+        learned = batch.loss_mask & batch.mask
+        logprobs, _ = next_token_logprobs(model, batch.ids, batch.mask, learned)
+        total, count = total - float(logprobs.sum()), count + int(learned[:, 1:].sum())
     return float(torch.tensor(total / count).exp())
 
 
@@ -92,7 +94,7 @@ def judged(run: Path, name: str, seed: int) -> dict[str, float]:
         paths = {"start": str(run / "sft"), "reward": str(run / "reward"), "rows": str(run / "data/held_out.jsonl")}
         found = measure(name, str(policy), seed=seed, **paths)
         means = {key: statistics.fmean(getattr(found, key)) for key in ("gold", "proxy", "kl", "well_formed")}
-        means["perplexity"] = perplexity(policy, run / "data/held_out_texts.jsonl")
+        means["perplexity"] = perplexity(policy, run / "data/held_out_stories.jsonl")
         cost = policy / "cost.json"
         means |= json.loads(cost.read_text()) if cost.exists() else {"seconds": 0.0, "tokens": 0}
         kept.write_text(json.dumps(means))
@@ -101,7 +103,7 @@ def judged(run: Path, name: str, seed: int) -> dict[str, float]:
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
     """Means over the seeds, with the smallest and largest gold score."""
-    lines = ["| | gold (least, most) | proxy | KL, nats | well-formed | text perplexity | tokens | CPU s |"]
+    lines = ["| | gold (least, most) | proxy | KL, nats | well-formed | perplexity | tokens | CPU s |"]
     lines.append("|" + " --- |" * 8)
     for name, seeds in found.items():
         mean = {key: statistics.fmean(one[key] for one in seeds) for key in COLUMNS}
