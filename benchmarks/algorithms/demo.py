@@ -118,12 +118,14 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
 
 def draw(folder: Path, seeds: list[int], names: list[str], path: Path) -> None:
     """Gold score against KL in training, the mean over seeds, a line an algorithm."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
+    left.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     for name in names:
         runs = []
         for seed in seeds:
