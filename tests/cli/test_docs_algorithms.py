@@ -15,7 +15,7 @@ from recipes import RECIPES
 
 import lit_rlhf
 from lit_rlhf import objectives
-from lit_rlhf.models import heads
+from lit_rlhf.models import trunk
 from lit_rlhf.rewards import NumericMatch, Steps
 from lit_rlhf.stages import GRPO, PPO, settings, shaping
 
@@ -104,7 +104,7 @@ def test_every_recipe_is_in_the_table_and_every_link_leads_somewhere() -> None:
 def test_every_function_that_the_page_names_exists() -> None:
     names = {name for line in re.findall(r"Functions?: (.+?)\. ", TEXT.replace("\n", " ")) for name in _quoted(line)}
     assert len(names) >= 18
-    missing = [name for name in names if not hasattr(objectives, name) and not hasattr(heads, name)]
+    missing = [name for name in names if not hasattr(objectives, name) and not hasattr(trunk, name)]
     assert missing == []
 
 
