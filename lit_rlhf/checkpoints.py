@@ -14,13 +14,14 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+META = "meta.ckpt"  # in the folder of a checkpoint that was written in parts
 PARTIAL = ".partial"  # ends the name under which a file is written before it gets its own
 GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -57,7 +58,7 @@ def write(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def link(target: str | os.PathLike[str], place: str | os.PathLike[str]) -> None:
@@ -81,10 +82,10 @@ def link(target: str | os.PathLike[str], place: str | os.PathLike[str]) -> None:
     if place.is_dir() and not place.is_symlink():  # a sharded checkpoint's copy
         shutil.rmtree(place)
     os.replace(partial, place)
-    _flush(place.parent)
+    flush(place.parent)
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Have the disk remember the names in a folder; some systems cannot be asked."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -145,13 +146,14 @@ def _fault(path: str, changed: int, size: int) -> str:
 
 
 def newest(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The checkpoint files of some folders, those written last first; links and what a kill left unfinished are none.
+    """The checkpoints in some folders, those written last first; links and what a kill left unfinished are none.
 
     Args:
         folders: where to look; one that is not there holds none.
     """
-    files = [path for folder in folders for path in Path(folder).glob("*.ckpt") if path.is_file()]
-    return sorted((path for path in files if not path.is_symlink()), key=lambda path: -path.stat().st_mtime_ns)
+    found = [path for folder in folders for path in Path(folder).glob("*.ckpt") if not path.is_symlink()]
+    whole = [path for path in found if path.is_file() or (path / META).is_file()]
+    return sorted(whole, key=lambda path: -path.stat().st_mtime_ns)
 
 
 def sweep(folders: Iterable[str | os.PathLike[str]]) -> None:
@@ -164,19 +166,20 @@ def sweep(folders: Iterable[str | os.PathLike[str]]) -> None:
         for partial in Path(folder).glob(f".*.ckpt{PARTIAL}"):
             with contextlib.suppress(OSError):
                 if time.time() - partial.lstat().st_mtime > 3600:
-                    partial.unlink()
+                    shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
 
 
-def last_good(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The first file that can be read, and what is wrong with those before it.
+def last_good(files: Iterable[Path], read_one: Callable[[Path], Any]) -> tuple[Path | None, list[str]]:
+    """The first checkpoint that can be read, and what is wrong with those before it.
 
     Args:
         files: newest first.
+        read_one: reads one.
     """
     wrong = []
     for path in files:
         try:
-            read(path, mmap=True)
+            read_one(path)
         except CheckpointError as error:
             wrong.append(str(error))
         else:

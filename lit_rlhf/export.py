@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lit_rlhf.checkpoints import read
+from lit_rlhf.checkpoint_parts import read_any
 
 
 def no_reward(completions: list[str]) -> list[float]:
@@ -42,7 +42,7 @@ def export(checkpoint: str, folder: str, merge: bool = True) -> None:
     The folder that the run started from must still be there: frozen weights are not in a checkpoint.
 
     Args:
-        checkpoint: a .ckpt file, as a fit writes it.
+        checkpoint: a .ckpt file, as a fit writes it, or a folder of parts.
         folder: where to.
         merge: add adapters to the weights; false writes the adapters alone.
 
@@ -51,9 +51,11 @@ def export(checkpoint: str, folder: str, merge: bool = True) -> None:
         CheckpointError: it is damaged, or holds objects.
         ValueError: a file that no stage wrote.
     """
-    saved = read(checkpoint, mmap=True)
+    saved = read_any(checkpoint, mmap=True)
     stage = stage_class(saved.get("hyper_parameters", {}), checkpoint)
-    rewards: dict[str, Any] = {"rewards": [no_reward]} if "rewards" in inspect.signature(stage).parameters else {}
-    module: Any = stage.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **rewards)
+    known = inspect.signature(stage).parameters
+    arguments = {key: value for key, value in saved["hyper_parameters"].items() if key in known}
+    module: Any = stage(**arguments, **({"rewards": [no_reward]} if "rewards" in known else {}))
+    module.load_state_dict(saved["state_dict"])
     module.export(folder, merge=merge)
     print(f"exported: {folder}")

@@ -14,6 +14,8 @@ os.environ.update(
 # Some virtual machines announce AMX and then kill whoever uses it (half-precision products): stay one step below.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -25,6 +27,18 @@ torch.set_num_threads(1)
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Llama with its tokenizer, as a Hugging Face folder."""
     return tiny.save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def sharded_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What sharded stages start from: ``policy``, a Llama whose two ends are tied, and a reward model, ``reward``."""
+    from lit_rlhf.models import load_scalar, save_scalar
+
+    root = tmp_path_factory.mktemp("sharded")
+    tiny.tiny_llama(tie_word_embeddings=True).save_pretrained(root / "policy")
+    tiny.tiny_tokenizer().save_pretrained(root / "policy")
+    save_scalar(load_scalar(str(root / "policy"), seed=3), tiny.tiny_tokenizer(), str(root / "reward"))
+    return root
 
 
 @pytest.fixture

@@ -15,19 +15,21 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 
 # What each room may import of the other rooms; every room may import itself.
-BELOW_STAGES = {"batch", "checkpoints", "objectives", "models", "rollout", "rewards", "data"}
+BELOW_STAGES = {"batch", "checkpoints", "checkpoint_parts", "objectives", "models", "rollout", "rewards", "data"}
 ROOMS: dict[str, set[str]] = {
     "__init__": BELOW_STAGES | {"stages"},
     "batch": set(),
     "checkpoints": set(),
+    "checkpoint_parts": {"checkpoints", "models"},
+    "strategies": {"checkpoint_parts", "models"},
     "objectives": {"batch"},
     "models": {"batch", "objectives"},
     "data": {"batch", "models"},
     "rollout": {"batch", "objectives", "models"},
     "rewards": {"batch", "objectives", "models"},
     "metrics": {"batch", "objectives"},
-    "stages": BELOW_STAGES | {"metrics"},
-    "callbacks": {"batch", "checkpoints", "stages"},
+    "stages": BELOW_STAGES | {"metrics", "strategies"},
+    "callbacks": {"batch", "checkpoints", "checkpoint_parts", "stages"},
     "export": BELOW_STAGES | {"stages"},
     "commands": BELOW_STAGES | {"__init__", "stages", "callbacks", "export"},
     "demo": BELOW_STAGES | {"stages", "callbacks", "export", "metrics"},
@@ -35,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # Third-party libraries that only the named rooms may import.
 LIBRARIES: dict[str, set[str]] = {
-    "lightning": {"stages", "data", "callbacks", "export", "commands", "demo", "cli"},
+    "lightning": {"strategies", "stages", "data", "callbacks", "export", "commands", "demo", "cli"},
     "transformers": {"models", "rollout", "data", "demo"},
     "tokenizers": {"demo"},
     "peft": {"models"},

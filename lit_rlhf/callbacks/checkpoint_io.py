@@ -9,7 +9,8 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_rlhf.checkpoints import read, write
+from lit_rlhf.checkpoint_parts import read_any
+from lit_rlhf.checkpoints import write
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -18,7 +19,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     Lightning writes into the system's temporary folder and moves the file, which is a copy where that is another
     disk, flushes nothing and needs the checkpoint in memory twice more. ``Checkpoint`` puts this in its place; a
     Trainer without ``Checkpoint`` takes it as ``Trainer(plugins=[SafeCheckpointIO()])``. Addresses of object stores
-    (``s3://…``) and sharded checkpoints stay Lightning's.
+    (``s3://…``) stay Lightning's.
     """
 
     def __init__(self) -> None:
@@ -36,9 +37,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             write(checkpoint, path)
         except OSError as error:
-            if self._failures is None:
-                raise
-            self._failures.append(f"{path}: {error.strerror or error} (errno {error.errno})")
+            self.report(path, error)
+
+    def report(self, path: Any, error: OSError) -> None:
+        """Note a save that failed, or raise its error where nobody is forgiving."""
+        if self._failures is None:
+            raise error
+        self._failures.append(f"{path}: {error.strerror or error} (errno {error.errno})")
 
     @contextmanager
     def forgiving(self) -> Iterator[list[str]]:
@@ -60,7 +65,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         if "://" in str(path) or weights_only is False:
             return super().load_checkpoint(path, map_location, weights_only is not False)
-        return read(path)
+        return read_any(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove one; where that is refused, say so and go on."""

@@ -9,7 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_rlhf.checkpoints import CheckpointError, last_good, newest, read, sweep
+from lit_rlhf.checkpoint_parts import map_any
+from lit_rlhf.checkpoints import CheckpointError, last_good, newest, sweep
 
 
 def folders_of(trainer: Trainer) -> list[Path]:
@@ -47,8 +48,6 @@ def to_resume_from(asked: str | None, folders: Iterable[Path]) -> str | None:
     if asked is None or asked in ("best", "hpc") or "://" in asked or asked.startswith("registry:"):
         return asked
     path = Path(asked)
-    if path.is_dir():  # a sharded one: its strategy reads it
-        return asked
     if asked != "last" and path.name != "last.ckpt":
         return _named(path)
     if asked == "last":
@@ -56,8 +55,8 @@ def to_resume_from(asked: str | None, folders: Iterable[Path]) -> str | None:
         files = newest(folders)
         sweep(folders)
     else:  # the link, what it points to
-        files = [file for file in dict.fromkeys([path.resolve(), *newest([path.parent])]) if file.is_file()]
-    good, wrong = last_good(files)
+        files = [file for file in dict.fromkeys([path.resolve(), *newest([path.parent])]) if file.exists()]
+    good, wrong = last_good(files, map_any)
     if good is None and wrong:
         raise CheckpointError(f"none of {len(wrong)} checkpoint(s) can be read: {'; '.join(wrong)}")
     if good is None and asked != "last":
@@ -72,9 +71,9 @@ def to_resume_from(asked: str | None, folders: Iterable[Path]) -> str | None:
 
 def _named(path: Path) -> str:
     try:
-        read(path, mmap=True)
+        map_any(path)
     except CheckpointError as error:
-        good, _ = last_good(file for file in newest([path.parent]) if file != path)
+        good, _ = last_good((file for file in newest([path.parent]) if file != path), map_any)
         hint = f"the newest good one beside it: --ckpt_path {good}" if good else "there is no good one beside it"
         raise CheckpointError(f"{error}\n  {hint}") from None
     return str(path)

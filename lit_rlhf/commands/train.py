@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -29,6 +30,7 @@ from lit_rlhf.callbacks import (
 from lit_rlhf.commands.configs import resolve_configs
 from lit_rlhf.commands.parser import FriendlyParser
 from lit_rlhf.commands.resume import folders_of, to_resume_from
+from lit_rlhf.models import without_weights
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -95,9 +97,16 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build stage, data and Trainer; a setting that one of them refuses is the user's to change."""
         try:
-            super().instantiate_classes()
+            with without_weights() if self._shards() else nullcontext():
+                super().instantiate_classes()
         except ValueError as error:
             self._parser(self.subcommand).error(str(error), error)
+
+    def _shards(self) -> bool:
+        """Whether the strategy will shard the networks: then no process loads one whole."""
+        strategy = self._get(self.config, "trainer.strategy")
+        kind = getattr(strategy, "class_path", strategy)
+        return isinstance(kind, str) and kind.rpartition(".")[2] in ("fsdp2", "FSDP2Strategy", "ModelParallelStrategy")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a CSV log, first among the loggers: its folder is the run's."""

@@ -10,6 +10,7 @@ from lit_rlhf.models.causal import (
     stop_ids,
     token_logprobs,
 )
+from lit_rlhf.models.deferred import fill, without_weights
 from lit_rlhf.models.heads import (
     load_scalar,
     response_values,
@@ -36,6 +37,7 @@ __all__ = [
     "can_share",
     "embedding_noise",
     "evaluating",
+    "fill",
     "forget_in_checkpoints",
     "freeze",
     "gathered",
@@ -60,4 +62,5 @@ __all__ = [
     "token_scores",
     "uniform_noise",
     "unsharded_trainables",
+    "without_weights",
 ]

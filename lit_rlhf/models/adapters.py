@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.models.deferred import is_deferred, set_weight
 from lit_rlhf.models.network import Lora
+from lit_rlhf.models.sharding import whole
 
 ADAPTER = "default"
 
@@ -47,12 +49,25 @@ def inject_adapters(model: Any, lora: Lora, *, task: str, seed: int = 0) -> None
     )
     training = model.training
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+        inject_adapter_in_model(settings, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_deferred(model))
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # peft follows the base; small steps would be lost in half precision
             parameter.data = parameter.data.float()
+            set_weight(model, name, _first_weight(name, parameter, generator))
     model.train(training)
+
+
+def _first_weight(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """As Hu et al. (2021, §4.1) begin: A at random, B zero, so that B·A is 0; an embedding's B at random, its A zero.
+
+    What is drawn depends on the seed and the adapters alone, not on how the model was loaded.
+    """
+    value = torch.zeros(parameter.shape)
+    if ".lora_A." in name:
+        bound = parameter.shape[1] ** -0.5
+        return value.uniform_(-bound, bound, generator=generator)
+    return value.normal_(generator=generator) if ".lora_embedding_B." in name else value
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
@@ -135,26 +150,27 @@ def merged(model: nn.Module, kept: dict[str, Tensor] | None = None) -> Iterator[
             layer._disable_adapters = False
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded (then every process must call)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 @torch.no_grad()
-def merged_state(model: Any) -> dict[str, Tensor]:
-    """Give the weights of an ordinary model: adapters added to what they adapt, shards put together.
+def merged_state(model: Any, *, keep: bool = True) -> dict[str, Tensor]:
+    """Give the weights of an ordinary model: adapters added to what they adapt, shards put together on the CPU.
 
     The model itself is left alone: merging in place and back would change the base weights, and with them the
     reference, by rounding.
+
+    Args:
+        model: the model; where it is sharded, every process must call.
+        keep: whether this process wants them; the others have one weight at a time.
     """
-    state = {name: _whole(tensor) for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    for target in getattr(model, "all_tied_weights_keys", None) or {}:
-        state.pop(target, None)  # tied weights are stored once; a gathered one would not be seen as the same
-    for name, layer in _adapted(model).items():
-        weight = state[f"{name}.base_layer.weight"]
-        delta = _whole(layer.get_delta_weight(ADAPTER))
-        state[f"{name}.base_layer.weight"] = (weight.float() + delta.float()).to(weight.dtype)
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+    adapted, tied, state = _adapted(model), getattr(model, "all_tied_weights_keys", None) or {}, {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name or name in tied:  # tied weights are stored once; a gathered one is not seen as the same
+            continue
+        found, layer = whole(tensor), adapted.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None:
+            found = (found.float() + whole(layer.get_delta_weight(ADAPTER)).float()).to(found.dtype)
+        if keep:
+            state[name.replace(".base_layer.", ".")] = found.cpu()
+    return state
 
 
 @torch.no_grad()
@@ -169,7 +185,7 @@ def save_adapters(model: Any, folder: str | Path, *, write: bool) -> None:
     from safetensors.torch import save_file
 
     state = {
-        "base_model.model." + name.replace(f".{ADAPTER}.", "."): _whole(tensor).cpu().contiguous()
+        "base_model.model." + name.replace(f".{ADAPTER}.", "."): whole(tensor).cpu().contiguous()
         for name, tensor in model.state_dict().items()
         if ".lora_" in name
     }

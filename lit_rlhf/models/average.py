@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.models.sharding import placed_like
+
 
 class Average(nn.Module):
     """Moving average w̄ ← d·w̄ + (1 − d)·w of a network's trainable weights, held as buffers, so in checkpoints.
@@ -33,6 +35,17 @@ class Average(nn.Module):
     @staticmethod
     def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
         return [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module) -> None:
+        """Lie where the network's weights lie, once a strategy has sharded or read them."""
+        for name, weight in self._weights(network):
+            key = name.replace(".", "/")
+            own = self.get_buffer(key)
+            if own.is_meta:
+                self.register_buffer(key, weight.detach().clone())
+            elif not hasattr(own, "full_tensor"):
+                self.register_buffer(key, placed_like(own, weight))
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:

@@ -215,12 +215,12 @@ def write_folder(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: 
         tokenizer: written beside it; None leaves it out.
         folder: made if missing.
     """
-    state = merged_state(model)
     write = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    state = merged_state(model, keep=write)
     if not write:
         return
     with quiet():
-        model.save_pretrained(str(folder), state_dict=state, is_main_process=write)
+        model.save_pretrained(str(folder), state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 

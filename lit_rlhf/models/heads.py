@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import inject_adapters
 from lit_rlhf.models.causal import write_folder
+from lit_rlhf.models.deferred import set_weight
 from lit_rlhf.models.network import Network, load_config, load_weights, to_left_edge
 from lit_rlhf.models.prefix import Shared, read_shared, shared_prompts
 from lit_rlhf.models.sharing import can_share
@@ -26,12 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def init_head(head: nn.Linear, seed: int) -> None:
-    """Draw the head's weights from N(0, 1/(d + 1)), variance-wise (Stiennon et al. 2020, appendix B.1)."""
+def first_weight(head: nn.Linear, seed: int) -> Tensor:
+    """Draw a head's weight from N(0, 1/(d + 1)), variance-wise (Stiennon et al. 2020, appendix B.1)."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
-    with torch.no_grad():
-        head.weight.copy_(weight)
+    return torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
 
 
 def load_scalar(name: str, network: Network | None = None, *, seed: int = 0) -> PreTrainedModel:
@@ -66,7 +65,7 @@ def load_scalar(name: str, network: Network | None = None, *, seed: int = 0) -> 
     if missing - {"score.weight"} or (is_classifier and missing):
         raise ValueError(f"{name} lacks weights: {', '.join(sorted(missing)[:3])}")
     if model.head_is_new:
-        init_head(head, seed)
+        set_weight(model, "score.weight", first_weight(head, seed))
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:  # transformers' own pooling wants one; ours reads the mask
         eos = text_config.eos_token_id

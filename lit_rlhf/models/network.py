@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lit_rlhf.models.deferred import build_empty
 from lit_rlhf.models.kernels import apply_liger
 from lit_rlhf.models.noise import add_residual_dropout
 
@@ -163,7 +164,7 @@ def load_config(name: str, network: Network) -> Any:
 
 
 def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed: int) -> tuple[Any, set[str]]:
-    """Load a model from safetensors, all of it trainable and in train mode.
+    """Load a model from safetensors, all of it trainable and in train mode; `without_weights` only its shape.
 
     Args:
         auto_class: the transformers ``AutoModelFor…`` class.
@@ -175,18 +176,22 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
     Returns:
         The model, and the names of the weights that the files lack (made up by transformers).
     """
+    settings = {
+        "dtype": getattr(torch, network.dtype),
+        "attn_implementation": network.attention,
+        "revision": network.revision,
+        "trust_remote_code": network.trust_remote_code,
+    }
     with torch.random.fork_rng(devices=[]), hub_errors(name, "model with safetensors weights"), quiet():
         torch.random.default_generator.manual_seed(seed)
-        model, report = auto_class.from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, network.dtype),
-            attn_implementation=network.attention,
-            use_safetensors=True,
-            revision=network.revision,
-            trust_remote_code=network.trust_remote_code,
-            output_loading_info=True,
-        )
+        empty = build_empty(auto_class, name, config, settings)
+        if empty is not None:
+            model, missing = empty
+        else:
+            model, report = auto_class.from_pretrained(
+                name, config=config, use_safetensors=True, output_loading_info=True, **settings
+            )
+            missing = set(report["missing_keys"])
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = float(network.dropout)
@@ -198,7 +203,7 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
         # Newer releases of transformers 5 call it activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model.train(), set(report["missing_keys"])
+    return model.train(), missing
 
 
 def to_left_edge(ids: torch.Tensor, mask: torch.Tensor, *, but_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def _shards(model: nn.Module) -> list[Any]:
@@ -18,26 +18,67 @@ def _shards(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def shard(model: Any, mesh: Any) -> Any:
-    """Shard a transformers model in place: each decoder layer, then the rest.
+def shard(model: Any, mesh: Any, *, low_precision: torch.dtype | None = None) -> Any:
+    """Shard a transformers model, or a single layer, in place: each decoder layer, then the rest.
 
     Args:
         model: the model; its adapters, if any, must be in already.
         mesh: a one-dimensional ``DeviceMesh`` (Lightning's ``self.device_mesh["data_parallel"]``), or None to leave
             the model whole.
+        low_precision: number format in which weights are gathered and computed with; gradients are averaged, and each
+            process keeps its part, in the weights' own. None = their own throughout.
 
     Returns:
         The model.
     """
     if mesh is None or _shards(model):
         return model
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    blocks = set(model._no_split_modules or ())
+    kept = torch.float32 if low_precision is not None else None
+    policy = MixedPrecisionPolicy(param_dtype=low_precision, reduce_dtype=kept)
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded (then every process must call)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_rows(tensor: Any) -> tuple[Tensor, int]:
+    """This process's part of a tensor that may be sharded, and the number of its first row in the whole."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor, 0
+    mesh = tensor.device_mesh
+    rows_each = -(-tensor.shape[0] // mesh.size())  # fully_shard cuts as torch.chunk does
+    return tensor.to_local(), min(mesh.get_local_rank() * rows_each, tensor.shape[0])
+
+
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """Cut a tensor that every process has whole as another is sharded; itself where that one is not."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    own, first = own_rows(like)
+    rows = value[first : first + len(own)].to(own.device)
+    return sharded_as(rows, like)
+
+
+def sharded_as(rows: Tensor, like: Any) -> Tensor:
+    """Make of each process's rows a tensor that is sharded as ``like`` is.
+
+    Args:
+        rows: this process's part.
+        like: a sharded tensor of the same shape.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.causal import response_tokens
-from lit_rlhf.models.heads import init_head
+from lit_rlhf.models.heads import first_weight
 
 
 def new_value_head(policy: Any, *, seed: int = 0) -> nn.Linear:
@@ -18,8 +19,10 @@ def new_value_head(policy: Any, *, seed: int = 0) -> nn.Linear:
         policy: whose hidden states it reads.
         seed: of the weights.
     """
-    head = nn.Linear(policy.get_output_embeddings().in_features, 1, bias=False, device=policy.device)
-    init_head(head, seed)
+    width = policy.get_output_embeddings().in_features
+    head = nn.Linear(width, 1, bias=False, device="cpu" if policy.device.type == "meta" else policy.device)
+    with torch.no_grad():
+        head.weight.copy_(first_weight(head, seed))
     return head
 
 

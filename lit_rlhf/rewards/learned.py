@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
-from lit_rlhf.models import Network, can_share, load_scalar, load_tokenizer, sequence_scores
+from lit_rlhf.models import Network, can_share, evaluating, is_sharded, load_scalar, load_tokenizer, sequence_scores
 from lit_rlhf.models.heads import shared_scores
 from lit_rlhf.models.lengths import padded_tokens
 from lit_rlhf.models.prefix import Shared, number_rows, shared_beginnings
@@ -84,13 +84,14 @@ class RewardModel(nn.Module):
     def score_rollout(self, rollout: Rollout) -> Tensor:
         """Scores [B] (float32) of the responses, each read at its last token."""
         scores = torch.empty(len(rollout), device=rollout.mask.device)
-        for rows, shared in self._passes(rollout):
-            if shared is None:
-                part = rollout.select(rows).trim()
-                found = sequence_scores(self.model, part.input_ids, part.input_mask)
-            else:
-                found = shared_scores(self.model, shared)
-            scores[rows.to(scores.device)] = found.float()
+        with evaluating(self.model):
+            for rows, shared in self._passes(rollout):
+                if shared is None:
+                    part = rollout.select(rows).trim()
+                    found = sequence_scores(self.model, part.input_ids, part.input_mask)
+                else:
+                    found = shared_scores(self.model, shared)
+                scores[rows.to(scores.device)] = found.float()
         return (scores - self.mean) / self.std
 
     def _passes(self, rollout: Rollout) -> list[tuple[Tensor, Shared | None]]:
@@ -104,7 +105,13 @@ class RewardModel(nn.Module):
             whole = padded_tokens(plain, lengths) + shared[0].overhead * len(plain)
             if sum(one.cost for one in shared) < whole:
                 return list(zip(by_prompt, shared, strict=True))
-        return [(rows, None) for rows in plain]
+        # Sharded weights are gathered once a pass, so all processes make as many: one with fewer rows repeats a pass.
+        more = 0
+        if is_sharded(self.model):
+            count = torch.tensor(len(plain), device=rollout.mask.device)
+            torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+            more = int(count) - len(plain)
+        return [(rows, None) for rows in [*plain, *plain[-1:] * more]]
 
     def _shared(self, part: Rollout, which: Tensor) -> Shared:
         return shared_beginnings(part.input_ids, part.input_mask, which.unique(return_inverse=True)[1])

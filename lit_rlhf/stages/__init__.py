@@ -1,5 +1,6 @@
 """The four stages, each one LightningModule that reads top to bottom."""
 
+import lit_rlhf.strategies  # noqa: F401 - so that trainer.strategy: fsdp2 is known
 from lit_rlhf.stages.grpo import GRPO
 from lit_rlhf.stages.optim import Optim
 from lit_rlhf.stages.ppo import PPO

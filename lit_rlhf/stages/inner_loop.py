@@ -31,6 +31,7 @@ from lit_rlhf.stages.penalties import steer_penalty
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.settings import KL, Clip
+from lit_rlhf.stages.spread import spread
 from lit_rlhf.stages.updates import Plan, Updates
 
 
@@ -85,6 +86,8 @@ class InnerLoop(LightningModule):
             self.register_buffer(weight, torch.tensor(float(first), dtype=torch.double))
 
     # -- before training -------------------------------------------------------------------------------------------
+
+    configure_model = spread  # shards the networks where the strategy asks for it
 
     def on_fit_start(self) -> None:
         """Refuse the Trainer settings that would quietly train something else."""

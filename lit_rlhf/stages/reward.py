@@ -19,6 +19,7 @@ from lit_rlhf.stages.memory import explained_backward, explains_memory
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_ranked
 from lit_rlhf.stages.resume import greet
+from lit_rlhf.stages.spread import spread
 
 
 class RewardModeling(LightningModule):
@@ -94,6 +95,8 @@ class RewardModeling(LightningModule):
             each = pairwise_loss(better, worse, margin=margin, label_smoothing=self.label_smoothing)
             losses = group_mean(each, batch.groups)
         return losses + self.center * group_mean(centering_loss(better, worse), batch.groups), scores
+
+    configure_model = spread  # shards the networks where the strategy asks for it
 
     def on_fit_start(self) -> None:
         """Refuse the Trainer settings that would quietly train something else."""

@@ -35,6 +35,7 @@ from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
+from lit_rlhf.stages.spread import spread
 
 
 class SFT(LightningModule):
@@ -106,6 +107,8 @@ class SFT(LightningModule):
             more = (learned,) if noise is None else (learned, noise)
             logprobs, correct = read_in_parts(noisy_logprobs, self.policy, batch.ids, batch.mask, *more)
         return logprobs, correct, learned[:, 1:]
+
+    configure_model = spread  # shards the networks where the strategy asks for it
 
     def on_fit_start(self) -> None:
         """Refuse the Trainer settings that would quietly train something else."""

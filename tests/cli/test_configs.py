@@ -16,7 +16,7 @@ from lit_rlhf.commands.configs import config_folder
 from lit_rlhf.models import Network, load_causal
 
 STAGES = ["sft", "reward", "ranking", "ppo", "grpo"]
-OVERLAYS = ["tiny", "lora", "wandb", "profile", "packed"]
+OVERLAYS = ["tiny", "lora", "fsdp", "wandb", "profile", "packed"]
 
 
 @pytest.fixture(params=STAGES)

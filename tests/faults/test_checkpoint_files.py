@@ -172,7 +172,7 @@ def test_last_goes_back_to_the_last_good_one_and_names_both(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of 3 checkpoint"):
         to_resume_from("last", folders)
-    assert last_good([]) == (None, [])
+    assert last_good([], read) == (None, [])
 
 
 def test_a_failed_save_is_raised_unless_someone_is_forgiving(tmp_path):

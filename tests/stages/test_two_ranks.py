@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from pair import run_pair
 from stages import two_ranks
 
-HERE = Path(__file__).parent
 SAME = {
     "sft": (),
     "ppo_whole": ("objective/scores", "objective/kl_coef", "pretraining/loss"),
@@ -26,25 +21,9 @@ SAME = {
 @pytest.fixture(scope="module")
 def on_two(model_folder, tmp_path_factory) -> dict[str, list]:
     """By stage, weights and metrics after every batch, of each rank; all from one pair of processes."""
-    root, out = HERE.parent.parent, tmp_path_factory.mktemp("ranks")
+    out = tmp_path_factory.mktemp("ranks")
     names = [*SAME, "ppo", "grpo", "grpo_groups", "sft_skip"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join([str(root), str(root / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, str(HERE / "two_ranks.py"), model_folder, str(out), *names]
-    with (out / "said_0").open("w") as zero, (out / "said_1").open("w") as one:
-        ranks = [
-            subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(rank)}, stderr=said)
-            for rank, said in enumerate((zero, one))
-        ]
-    deadline = time.monotonic() + 300
-    while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for rank in ranks:  # without the other one it would wait forever
-        rank.kill()
-    assert codes == [0, 0], "\n".join(path.read_text()[-3000:] for path in out.glob("said_*"))
+    run_pair(Path(two_ranks.__file__), out, model_folder, str(out), *names)
     return {name: [torch.load(out / f"{name}_{rank}.pt") for rank in range(2)] for name in names}
 
 
