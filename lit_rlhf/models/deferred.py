@@ -69,6 +69,7 @@ def build_empty(auto_class: Any, name: str, config: Any, settings: dict[str, Any
     kept = {key: settings[key] for key in ("dtype", "attn_implementation", "trust_remote_code")}
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, no file has them
         model = auto_class.from_config(config, **kept)
+    model.tie_weights()  # which every weight that became empty has left
     files = _names(folder)
     aliases = _aliases(model, files)
     missing = {key for key, tensor in _stored(model).items() if tensor.is_meta and key not in aliases}

@@ -50,6 +50,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "grpo_lora": (lambda m, r: GRPO(m, [RewardModel(r)], group_size=2, network=LORA, **RL), {}),
 }
+LOW = {  # computed in bfloat16, kept in float32
+    "sft_low": (CASES["sft"][0], {"precision": "bf16-mixed"}),
+    "ppo_low": (CASES["ppo"][0], {"precision": "bf16-mixed"}),
+    "grpo_lora_low": (CASES["grpo_lora"][0], {"precision": "bf16-mixed"}),
+}
 DEFERRED = ("sft_lora", "reward", "ppo", "ppo_lora", "grpo")  # read from the files by parts; the others are cut up
 
 
@@ -109,12 +114,13 @@ def train(
     **settings: Any,
 ) -> tuple[Any, L.Trainer, Seen]:
     """Train a case in one process, or as one of two ranks under FSDP2."""
-    make, own = CASES[name]
+    make, own = (CASES | LOW)[name]
     seen, data = Seen(), data or batches(name)
     if rank is not None:
         data, own = [parts_of(one)[rank] for one in data], {"strategy": "fsdp2", "devices": 2, **own}
     with without_weights() if rank is not None and name in DEFERRED else contextlib.nullcontext():
         stage = make(f"{folders}/policy", f"{folders}/reward")
+    assert next(stage.parameters()).is_meta == (rank is not None and name in DEFERRED)
     run = arena.trainer(**{**own, "callbacks": [seen, *more_callbacks], "use_distributed_sampler": False, **settings})
     with patch.dict(PASS_TOKENS, {"cpu": 64}):
         run.fit(stage, arena.loader(data), ckpt_path=ckpt_path)

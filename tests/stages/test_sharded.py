@@ -16,9 +16,9 @@ ALIKE = ("objective/scores", "objective/kl", "policy/grad_norm", "critic/grad_no
 @pytest.fixture(scope="module")
 def on_two(sharded_folders, tmp_path_factory) -> dict[str, list]:
     """By case, weights, metrics and share of all numbers held after every step, of each rank."""
-    out = tmp_path_factory.mktemp("sharded")
-    run_pair(Path(sharded.__file__), out, str(sharded_folders), str(out), *sharded.CASES)
-    return {name: [torch.load(out / f"{name}_{rank}.pt") for rank in range(2)] for name in sharded.CASES}
+    out, names = tmp_path_factory.mktemp("sharded"), [*sharded.CASES, *sharded.LOW]
+    run_pair(Path(sharded.__file__), out, str(sharded_folders), str(out), *names)
+    return {name: [torch.load(out / f"{name}_{rank}.pt") for rank in range(2)] for name in names}
 
 
 @pytest.mark.parametrize("name", sharded.CASES)
@@ -36,3 +36,15 @@ def test_sharded_training_is_that_of_one_process(name, sharded_folders, on_two):
     for one, other in zip(held, also_held, strict=True):
         assert one + other == pytest.approx(1.0, abs=1e-6)
         assert 0.45 < one < 0.55
+
+
+@pytest.mark.parametrize("name", sharded.LOW)
+def test_bfloat16_is_for_computing_only(name, sharded_folders, on_two):
+    """Weights stay float32; they move where they move in one process under autocast, but for rounding."""
+    (first, metrics, _), (second, _, _) = on_two[name]
+    _, _, alone = sharded.train(name, str(sharded_folders))
+    assert torch.equal(first[-1], second[-1])
+    assert first[-1].dtype == torch.float32
+    moves = [weights[-1] - weights[0] for weights in (first, alone.weights)]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9
+    assert metrics[0].get("sampler/logprob_gap_max", 0.0) < 0.02
