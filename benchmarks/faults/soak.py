@@ -3,8 +3,9 @@
     python benchmarks/faults/soak.py --kills 50
 
 A run is killed again and again until it ends by itself, so one may be struck several times. The moments: any (SIGKILL
-after a random time), in a save (before the file is on the disk, before it has its name, before the link is moved),
-within a rollout after some of its updates, and SIGTERM and SIGUSR1, after which a checkpoint is due. Every step is
+after a random time), while tokens are sampled, before responses are scored, within a rollout after some of its updates,
+in a save (before the file is on the disk, before it has its name, before the link is moved), in the export, and SIGTERM
+and SIGUSR1, after which a checkpoint is due. Every step is
 saved, so a kill costs the step at hand, or with a save that it cuts off the one before as well. Prints what was struck,
 how often, and what was lost: saves cut off, links that point to nothing whole, damaged files, ends that differ.
 """
@@ -28,7 +29,8 @@ from faults import runs  # noqa: E402
 
 from lit_rlhf.checkpoints import CheckpointError, newest, read  # noqa: E402
 
-MOMENTS = ("any", "fsync", "replace", "SIGKILL", "SIGTERM", "SIGUSR1")
+MOMENTS = ("any", "fsync", "replace", "export", "SIGKILL", "SIGTERM", "SIGUSR1")
+IN_ROLLOUTS = {"sampling": 6, "scoring": 1}  # further moments of PPO and GRPO, and how often they come a rollout
 UPDATES = {"sft": 1, "reward": 1, "ppo": 8, "grpo": 2}  # optimizer steps a step of the Trainer
 
 
@@ -104,7 +106,8 @@ class Soak:
             run.process.join(self.draw.uniform(0.2, 1.0) * self.seconds)
             run.send(signal.SIGKILL)
             return run.wait()
-        calls = {"fsync": 3, "replace": 2}.get(moment, UPDATES[self.stage]) * (runs.STEPS - 1)
+        often = {"fsync": 3, "replace": 2, **IN_ROLLOUTS}.get(moment, UPDATES[self.stage])
+        calls = 1 if moment == "export" else often * (runs.STEPS - 1)
         return self.start(root, f"{moment}@{self.draw.randint(1, calls)}").wait()
 
     def run(self, strikes: int) -> None:
@@ -114,7 +117,7 @@ class Soak:
         whole = self.finish(self.folder / f"{self.stage}-whole")
         self.seconds, struck, root = time.monotonic() - started, 0, self.folder / self.stage
         while struck < strikes:
-            moment = self.draw.choice(MOMENTS)
+            moment = self.draw.choice([*MOMENTS, *(IN_ROLLOUTS if self.stage in ("ppo", "grpo") else ())])
             code = self.strike(root, moment)
             struck += code != 0
             self.table.add(self.stage, moment, **({"struck": 1, **damage(root)} if code else {"missed": 1}))

@@ -84,16 +84,14 @@ def plant(name: str, number: str) -> None:
     """Have the process strike itself at the ``number``-th call of something.
 
     Args:
-        name: a function of ``os`` that a save calls, then the strike is SIGKILL; or a signal, which comes with a step
-            of the optimizer: within a rollout, after some of its updates; or ``validation_step``, with SIGTERM.
+        name: one of `struck_at`'s, or a signal, which comes with a step of the optimizer: within a rollout, after some
+            of its updates.
         number: which call.
     """
-    if name == "validation_step":
-        owner, attribute, strike = SFT, name, signal.SIGTERM
-    elif name.startswith("SIG"):
+    if name.startswith("SIG"):
         owner, attribute, strike = torch.optim.AdamW, "step", signal.Signals[name]
     else:
-        owner, attribute, strike = os, name, signal.SIGKILL
+        owner, attribute, strike = struck_at()[name]
     calls, real = [0], getattr(owner, attribute)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
@@ -103,6 +101,23 @@ def plant(name: str, number: str) -> None:
         return real(*args, **kwargs)
 
     setattr(owner, attribute, struck)
+
+
+def struck_at() -> dict[str, tuple[Any, str, signal.Signals]]:
+    """By name of a moment: the function whose call is the moment, and the signal."""
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_rlhf.rewards import Rewards
+    from lit_rlhf.rollout import decode
+
+    return {
+        "fsync": (os, "fsync", signal.SIGKILL),  # a checkpoint's bytes are written, not flushed, not renamed
+        "replace": (os, "replace", signal.SIGKILL),  # it gets its name, or the link is moved
+        "sampling": (decode, "read_on", signal.SIGKILL),  # before a token of the responses
+        "scoring": (Rewards, "__call__", signal.SIGKILL),
+        "export": (PreTrainedTokenizerBase, "save_pretrained", signal.SIGKILL),  # the weights are there, no tokenizer
+        "validation_step": (SFT, "validation_step", signal.SIGTERM),
+    }
 
 
 class Run:
@@ -138,9 +153,9 @@ def end_of(root: Path) -> dict[str, Any]:
     """What a finished run leaves: weights, moments, counters, schedule and place in the data."""
     saved = read(newest(root.glob("version_*/checkpoints"))[0])
     assert saved["global_step"] == STEPS
-    return {
-        key: saved[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", *DATA.values()) if key in saved
-    }
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", *DATA.values())
+    exported = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
+    return {key: saved[key] for key in kept if key in saved} | {"exported": exported}
 
 
 def differences(one: Any, other: Any, place: str = "") -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import arena
 import lightning as L
 import torch
 from stages.two_ranks import shares
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.batch import Pairs
 from lit_rlhf.models import Lora, Network, is_sharded, without_weights
@@ -55,6 +57,11 @@ LOW = {  # computed in bfloat16, kept in float32
     "ppo_low": (CASES["ppo"][0], {"precision": "bf16-mixed"}),
     "grpo_lora_low": (CASES["grpo_lora"][0], {"precision": "bf16-mixed"}),
 }
+UNEVEN = {  # long rows on the first rank, short ones on the second
+    "sft_uneven": CASES["sft_lora"],
+    "reward_uneven": CASES["reward"],
+    "ppo_uneven": CASES["ppo"],
+}
 DEFERRED = ("sft_lora", "reward", "ppo", "ppo_lora", "grpo")  # read from the files by parts; the others are cut up
 
 
@@ -66,6 +73,15 @@ def batches(name: str) -> list:
         return [arena.pairs(8, seed=i) for i in range(2)]
     found = [arena.prompts(8, seed=i) for i in range(2)]
     return [one.with_(pretraining=arena.examples(6)) for one in found] if name == "ppo_trunk" else found
+
+
+def uneven(batch: Any) -> list:
+    """The longer half of the rows for the first of two ranks, the shorter for the second, and cut shorter still."""
+    if isinstance(batch, Pairs):
+        first, second = parts_of(batch)
+        return [first, second.with_(mask=second.mask & (torch.arange(second.mask.shape[1]) < 3))]
+    order = batch.mask.sum(dim=1).argsort(descending=True, stable=True)
+    return [batch.select(order[:4]), batch.select(order[4:])]
 
 
 def parts_of(batch: Any) -> list:
@@ -114,27 +130,44 @@ def train(
     **settings: Any,
 ) -> tuple[Any, L.Trainer, Seen]:
     """Train a case in one process, or as one of two ranks under FSDP2."""
-    make, own = (CASES | LOW)[name]
+    make, own = (CASES | LOW | UNEVEN)[name]
     seen, data = Seen(), data or batches(name)
     if rank is not None:
-        data, own = [parts_of(one)[rank] for one in data], {"strategy": "fsdp2", "devices": 2, **own}
+        cut = uneven if name in UNEVEN else parts_of
+        data, own = [cut(one)[rank] for one in data], {"strategy": "fsdp2", "devices": 2, **own}
     with without_weights() if rank is not None and name in DEFERRED else contextlib.nullcontext():
         stage = make(f"{folders}/policy", f"{folders}/reward")
     assert next(stage.parameters()).is_meta == (rank is not None and name in DEFERRED)
     run = arena.trainer(**{**own, "callbacks": [seen, *more_callbacks], "use_distributed_sampler": False, **settings})
-    with patch.dict(PASS_TOKENS, {"cpu": 64}):
+    with patch.dict(
+        PASS_TOKENS, {"cpu": 2 if name in UNEVEN else 64}
+    ):  # passes cost little: rows are read in many parts
         run.fit(stage, arena.loader(data), ckpt_path=ckpt_path)
     if rank is not None:
         assert is_sharded(stage)
     return stage, run, seen
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are made inside, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def main(folders: str, out: str, *names: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
     for name in names:
-        _, _, seen = train(name, folders, rank=rank)
-        torch.save((seen.weights, seen.rows, seen.held), Path(out) / f"{name}_{rank}.pt")
+        with Collectives() as made:
+            _, _, seen = train(name, folders, rank=rank)
+        torch.save((seen.weights, seen.rows, seen.held, dict(made.counts)), Path(out) / f"{name}_{rank}.pt")
 
 
 if __name__ == "__main__":
