@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import sys
 import traceback
 from typing import Any
 
@@ -68,8 +69,8 @@ class RankWatch(Callback):
         if broken and links.failed.is_set():
             exception.__cause__ = RankError(links.failure)
         elif isinstance(exception, Exception):
-            if broken and (others := links.whereabouts()):
-                exception.__cause__ = RankError(f"no word of a failure; the other ranks are at: {others}")
+            if broken and (others := links.whereabouts()):  # a time limit has passed, perhaps: who was waited for?
+                print(links.named(f"the others' last signs of life: {others}"), file=sys.stderr, flush=True)
             links.tell("failed", links.named(described(exception)))
         else:
             links.tell("left", links.named(f"{type(exception).__name__}: {exception}"))
