@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import time
@@ -63,12 +64,10 @@ def test_the_others_end_within_seconds_and_name_the_rank(plans, said, limit, fol
 
 @pytest.fixture
 def pair(monkeypatch):
-    """Connected links of two ranks in this process, and what each would have ended for."""
-
-    async def ends(links: Links) -> None:
-        await links._send("failed", links.failure, *links._writers)
-
-    monkeypatch.setattr(Links, "_end", ends)
+    """Connected links of two ranks in this process, which does not end with them."""
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(rank_links, "OWN", 0.1)
+    monkeypatch.setattr(rank_links, "GRACE", 0.1)
     monkeypatch.setattr(rank_links, "BEAT", 0.2)
     store = HashStore()
     both = [Links(rank, 2, store, "127.0.0.1", 2.0, []) for rank in (0, 1)]
