@@ -66,6 +66,7 @@ class Prompts:
     prompts: tuple[Any, ...]  # B prompts as the dataset holds them: text, or a list of messages
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # every other column; reaches the rewards
     rows: Tensor | None = None  # [B] long, number of each row in the batch of all processes; None = 0 … B − 1
+    counts: Tensor | None = None  # [B] bool, False = a row that comes again, so that all processes have as many
     pretraining: Examples | None = None  # texts that come with the batch, for PPO-ptx: rows of their own, any number
 
     to = _to
@@ -74,6 +75,11 @@ class Prompts:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def counted(self) -> Tensor:
+        """Numbers of the rows that count, [n] long."""
+        return torch.arange(len(self)) if self.counts is None else self.counts.cpu().nonzero().flatten()
 
     def repeat(self, group_size: int) -> Prompts:
         """Each prompt ``group_size`` times, the copies of one prompt side by side ([B·G] rows)."""
@@ -113,6 +119,7 @@ class Pairs:
     lengths: Tensor | None = (
         None  # [N] long, tokens of each response without its prompt; None = the row is all response
     )
+    counts: Tensor | None = None  # [N] bool, False = of a prompt that comes again, so that all processes have as many
 
     to = _to
     with_ = _with

@@ -109,6 +109,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = run(args[0], args[1:])
     except Exception as error:
+        if followed(error):
+            fail(str(error.__cause__), 1)
         if not told(error, training=args[0] in TRAINING):
             raise
         fail(str(error))
@@ -139,10 +141,16 @@ def told(error: Exception, training: bool) -> bool:
     return isinstance(error, door) or (type(error) is ValueError and not training)
 
 
-def fail(message: str) -> NoReturn:
-    """Say what is wrong and exit with code 2."""
+def followed(error: Exception) -> bool:
+    """Whether it followed from the failure of another process of this run, which is its cause."""
+    callbacks = sys.modules.get("lit_rlhf.callbacks")
+    return callbacks is not None and isinstance(error.__cause__, callbacks.RankError)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say what is wrong and exit."""
     sys.stderr.write(f"error: {message}\n")
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

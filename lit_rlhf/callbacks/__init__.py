@@ -10,6 +10,7 @@ from lit_rlhf.callbacks.export_folder import ExportFolder
 from lit_rlhf.callbacks.predictions import Predictions
 from lit_rlhf.callbacks.preemption import Preemption
 from lit_rlhf.callbacks.progress import Progress
+from lit_rlhf.callbacks.rank_watch import RankError, RankWatch
 from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.saved_config import SavedConfig
 from lit_rlhf.callbacks.tables import Tables
@@ -22,6 +23,8 @@ __all__ = [
     "Predictions",
     "Preemption",
     "Progress",
+    "RankError",
+    "RankWatch",
     "SafeCheckpointIO",
     "SampleTable",
     "SavedConfig",

@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -59,6 +60,7 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        refuse_another_start(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -163,3 +165,21 @@ class Checkpoint(ModelCheckpoint):
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         self._outdated.append(filepath)
+
+
+def refuse_another_start(trainer: Trainer) -> None:
+    """Refuse a rank that would start from elsewhere than rank 0: each has looked for the checkpoint itself.
+
+    Raises:
+        CheckpointError: its machine does not see rank 0's folder.
+    """
+    if trainer.world_size == 1:
+        return
+    own = trainer.ckpt_path
+    first = trainer.strategy.broadcast(own)
+    # The folder may be mounted elsewhere: run, folder and file must be the same.
+    if (own and Path(own).parts[-3:]) != (first and Path(first).parts[-3:]):
+        raise CheckpointError(
+            f"rank 0 goes on from {first or 'nothing'}, rank {trainer.global_rank} from {own or 'nothing'}: "
+            "trainer.default_root_dir must be a folder that all machines see"
+        )

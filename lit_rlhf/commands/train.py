@@ -22,6 +22,7 @@ from lit_rlhf.callbacks import (
     Predictions,
     Preemption,
     Progress,
+    RankWatch,
     SampleTable,
     SavedConfig,
     Tables,
@@ -41,6 +42,7 @@ TRAINER_DEFAULTS = {
 }
 # Sections of their own: a second YAML's trainer.callbacks replaces the first one's, these stay.
 SECTIONS: dict[str, type[Callback]] = {
+    "ranks": RankWatch,
     "checkpoint": Checkpoint,
     "preemption": Preemption,
     "progress": Progress,

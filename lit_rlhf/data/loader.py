@@ -19,42 +19,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lit_rlhf.data.chat import find_tokenizer, padding_id
 from lit_rlhf.data.files import DataError, Rows
 from lit_rlhf.data.mixture import Mixture, sources_of, unstack
+from lit_rlhf.data.shares import RankSampler, Rounds, collate_numbered
 from lit_rlhf.data.sources import load_split
 from lit_rlhf.data.templates import set_template
 
 _SIZES = ("batch_size", "val_batch_size", "pretraining_batch_size", "max_length", "max_prompt_length")
 _COUNTS = (*_SIZES, "limit", "val_limit", "prompt_words")
-
-
-class RankSampler(DistributedSampler[int]):
-    """This process's share of the row numbers; the order is a function of (seed, epoch) and nothing else.
-
-    Row ``i`` of the epoch's order belongs to rank ``i mod world``, so the batches of one step are one block of that
-    order whatever the number of processes. Being a DistributedSampler keeps Lightning from putting its own in place.
-    """
-
-    def __init__(self, rows: int | Mixture, *, rank: int, world: int, shuffle: bool, seed: int) -> None:
-        """Share out ``rows``: when shuffled the rest is left out, otherwise first rows fill up the last round."""
-        self.mixture = Mixture((rows,), (rows,)) if isinstance(rows, int) else rows
-        self.rows = len(self.mixture)
-        super().__init__(range(self.rows), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)  # type: ignore[arg-type]
-        self.start = 0  # rows of this rank to leave out at the next pass
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            order = self.mixture.order(self.seed, self.epoch)
-        else:
-            order = [i % self.rows for i in range(self.total_size)]
-        start, self.start = self.start, 0
-        return iter(order[self.rank : self.total_size : self.num_replicas][start:])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the loader sets the epoch, as Lightning does so too late for worker processes."""
 
 
 @dataclass
@@ -182,13 +157,16 @@ class SeekableData(L.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> Any:
-        """Every row once, in order (on several processes the first rows may come twice, so that all get as many)."""
+        """Every row once, in order; on several processes first rows may come again, marked as not to be counted.
+
+        All processes read as many, since sharded weights are gathered in every forward pass.
+        """
         if not self._val:
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # it is meant
             return []
         rank, world = rank_of(self.trainer)
         sampler = RankSampler(len(self._val), rank=rank, world=world, shuffle=False, seed=self._seed)
-        return self._loader(DataLoader, self._val, sampler, self._val_batch_size)
+        return self._loader(DataLoader, Rounds(self._val), sampler, self._val_batch_size)
 
     def test_dataloader(self) -> Any:
         """The validation rows."""
@@ -229,12 +207,15 @@ class SeekableData(L.LightningDataModule):
                 raise DataError(f"{name} must be at least 1, got {value}")
 
     def _loader(self, kind: Any, rows: Sequence[Any], sampler: RankSampler, batch_size: int) -> Any:
+        pad = padding_id(self.tokenizer)
         return kind(
             rows,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self._num_workers,
-            collate_fn=partial(self.collate, pad=padding_id(self.tokenizer)),
+            collate_fn=partial(
+                self.collate if sampler.shuffle else partial(collate_numbered, self.collate, len(self._val)), pad=pad
+            ),
             drop_last=bool(sampler.shuffle),
             generator=torch.Generator().manual_seed(self._seed),  # else each pass draws from torch's global stream
         )

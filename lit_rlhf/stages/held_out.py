@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -27,18 +28,23 @@ class HeldOut(nn.Module):
         self.by_confidence, self.by_length = ComparisonBins(BINS), ComparisonBins(len(LENGTHS))
 
     def update(self, batch: Pairs, losses: Tensor, scores: Tensor) -> None:
-        """Add a batch: the loss of each prompt and the score [N] of each response."""
-        margins = scores[batch.better] - scores[batch.worse]
+        """Add a batch: the loss of each prompt and the score [N] of each response; only prompts that count."""
         lengths = batch.mask.sum(dim=1) if batch.lengths is None else batch.lengths
+        better, worse = batch.better, batch.worse
+        rows = torch.ones_like(batch.best) if batch.counts is None else batch.counts
+        if batch.counts is not None:
+            better, worse = better[rows[better]], worse[rows[worse]]
+            losses = losses[batch.groups[rows[batch.better]].unique()]
+        margins = scores[better] - scores[worse]
         self.loss.update(losses)
         for metric in (self.accuracy, self.calibration):
             metric.update(margins)
-        self.scores.update(scores)
-        self.best.update(scores[batch.best])
-        self.length_correlation.update(scores, lengths)
+        self.scores.update(scores[rows])
+        self.best.update(scores[batch.best & rows])
+        self.length_correlation.update(scores[rows], lengths[rows])
         sure = margins.detach().float().abs().sigmoid()
         self.by_confidence.update(margins, ((sure - 0.5) * 2 * BINS).long().clamp(max=BINS - 1))
-        self.by_length.update(margins, (lengths[batch.better] - lengths[batch.worse]).sign() + 1)
+        self.by_length.update(margins, (lengths[better] - lengths[worse]).sign() + 1)
 
     def compute(self) -> tuple[dict[str, Tensor], dict[str, list[dict[str, Any]]]]:
         """The metrics by name, and the rows of the tables ``calibration`` and ``length_bias``; all begin anew."""

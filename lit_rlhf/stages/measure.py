@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models import evaluating, token_logprobs
 from lit_rlhf.objectives import explained_variance, kl_estimate, masked_mean
+from lit_rlhf.rollout import Sampling
 from lit_rlhf.stages.seeds import seed_for
 
 if TYPE_CHECKING:
@@ -102,28 +103,30 @@ def objective_metrics(rollout: Rollout, kl_coef: float) -> dict[str, Tensor]:
 def judge_held_out(stage: PPO | GRPO, prompts: Prompts, batch_idx: int) -> None:
     """Answer held-out prompts greedily and by sampling; log scores, KL and length; keep a few texts.
 
-    The seed depends on the batch only, so that every validation of a run draws from the same random numbers.
+    What a row draws follows from its number in the held-out set, so every validation of a run draws from the same
+    random numbers, on any number of processes. Rows that come again on one of them are answered and not counted.
 
     Args:
         stage: PPO or GRPO.
         prompts: one held-out batch.
         batch_idx: its number.
     """
-    to = "test" if stage.trainer.testing else "val"
+    to, counted = "test" if stage.trainer.testing else "val", prompts.counted
     greedy = dataclasses.replace(stage.sampling, temperature=0.0)
     for mode, sampling in (("greedy", greedy), ("sampled", stage.sampling)):
-        seed = seed_for(stage.seed, "validation", batch_idx, stage.global_rank)
-        rollout = stage.sampler(stage.policy, stage.tokenizer, prompts, sampling, seed=seed)
+        rollout = answers(stage, prompts, sampling, batch_idx)
         scores, parts = stage.rewards(rollout)
-        metrics = {f"{to}/score_{mode}": scores.mean(), f"{to}/eos_fraction_{mode}": rollout.ended.float().mean()}
-        metrics |= reward_metrics(parts, f"{to}/rewards_{mode}/")
-        metrics[f"{to}/length_{mode}"] = rollout.lengths.float().mean()
+        metrics = {f"{to}/score_{mode}": scores, f"{to}/eos_fraction_{mode}": rollout.ended.float()}
+        metrics[f"{to}/length_{mode}"] = rollout.lengths.float()
         if mode == "sampled" and stage.reference is not None:
             with evaluating(stage.policy):
                 logprobs = token_logprobs(stage.policy, rollout, temperature=sampling.temperature)
             ref_logprobs = stage.reference.token_logprobs(stage.policy, rollout, temperature=sampling.temperature)
-            metrics[f"{to}/kl"] = sequence_kl(logprobs, ref_logprobs, rollout.mask)
-        stage.log_dict(metrics, on_epoch=True, batch_size=len(prompts), sync_dist=True)
+            metrics[f"{to}/kl"] = kl_estimate(logprobs, ref_logprobs, "k1").mul(rollout.mask).sum(dim=1)
+        log_rows(stage, {key: values[counted.to(values.device)] for key, values in metrics.items()})
+        log_parts(
+            stage, {name: values[counted.to(values.device)] for name, values in parts.items()}, f"{to}/rewards_{mode}/"
+        )
         if batch_idx == 0:
             shown = zip(rollout.prompts[:SHOWN], rollout.completions, scores.tolist(), strict=False)
             stage.samples += [
@@ -131,11 +134,39 @@ def judge_held_out(stage: PPO | GRPO, prompts: Prompts, batch_idx: int) -> None:
             ]
 
 
+def answers(stage: SFT | PPO | GRPO, prompts: Prompts, sampling: Sampling, batch_idx: int) -> Rollout:
+    """One answer to each prompt; drawn by the rows' numbers, or by batch and process where they have none."""
+    place = () if prompts.rows is not None else (batch_idx, stage.global_rank)
+    seed = seed_for(stage.seed, "validation", *place)
+    return stage.sampler(stage.policy, stage.tokenizer, prompts, sampling, seed=seed)
+
+
+def log_rows(stage: SFT | PPO | GRPO, metrics: dict[str, Tensor]) -> None:
+    """Log means over all rows of all batches and processes; a process that has no row takes part.
+
+    Args:
+        stage: that logs.
+        metrics: by name, a number for each row that counts, [n].
+    """
+    for name, values in metrics.items():
+        mean = values.sum() / max(len(values), 1)
+        # As a float: Lightning averages the counts over processes, and rounds whole numbers down.
+        stage.log(name, mean, on_epoch=True, batch_size=float(len(values)), sync_dist=True)  # type: ignore[arg-type]
+
+
+def log_parts(stage: PPO | GRPO, parts: dict[str, Tensor], prefix: str) -> None:
+    """Log each reward's mean over the rows to which it applied, and the mean of its deviations within batches."""
+    for key, value in reward_metrics(parts, prefix).items():
+        values = parts[key.removeprefix(prefix).rpartition("/")[0]]
+        applied = max(float((~values.isnan()).sum()), 1e-9)  # 0 where it applied to none at all
+        stage.log(key, value, on_epoch=True, batch_size=applied, sync_dist=True)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def answer(stage: SFT | PPO | GRPO, prompts: Prompts, batch_idx: int) -> list[dict[str, Any]]:
     """Answer prompts by sampling: one dict each of prompt, completion and whether it ended, and the other columns."""
-    seed = seed_for(stage.seed, "validation", batch_idx, stage.global_rank)
-    rollout = stage.sampler(stage.policy, stage.tokenizer, prompts, stage.sampling, seed=seed)
+    rollout = answers(stage, prompts, stage.sampling, batch_idx)
+    rollout = rollout.select(prompts.counted)
     rows = zip(rollout.prompts, rollout.completions, rollout.ended.tolist(), strict=True)
     return [
         {**{key: column[i] for key, column in rollout.columns.items()}, "prompt": p, "completion": c, "ended": e}

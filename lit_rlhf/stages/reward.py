@@ -150,7 +150,8 @@ class RewardModeling(LightningModule):
     def predict_step(self, batch: Pairs, batch_idx: int) -> list[dict[str, float]]:
         """Score each comparison's two responses."""
         _, scores = self.compare(batch)
-        better, worse = scores[batch.better].tolist(), scores[batch.worse].tolist()
+        counted = slice(None) if batch.counts is None else batch.counts[batch.better]
+        better, worse = scores[batch.better[counted]].tolist(), scores[batch.worse[counted]].tolist()
         return [{"better": b, "worse": w} for b, w in zip(better, worse, strict=True)]
 
     def configure_optimizers(self) -> Any:

@@ -29,7 +29,7 @@ from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.finite import Watch, clip_and_log
 from lit_rlhf.stages.guards import refuse_half_precision_weights
-from lit_rlhf.stages.measure import SHOWN, answer
+from lit_rlhf.stages.measure import SHOWN, answer, log_rows
 from lit_rlhf.stages.memory import explained_backward, explains_memory
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
@@ -172,7 +172,7 @@ class SFT(LightningModule):
 
     def show_samples(self, batch: Examples, batch_idx: int) -> None:
         """Continue the beginnings of a few examples (the part before the first learned token, at least 8 tokens)."""
-        beginnings = []
+        beginnings, own = [], batch.loss_mask.any(dim=1)[: self.sample_prompts - self.sampled_prompts]
         for ids, mask, learned in zip(batch.ids, batch.mask, batch.loss_mask, strict=True):
             length, first = int(mask.sum()), int(learned.int().argmax())
             beginnings.append(ids[: first if first > 1 else min(8, length - 1)])
@@ -195,7 +195,7 @@ class SFT(LightningModule):
                 scores = judged.tolist()
                 if mode == "sampled":
                     to = "test" if self.trainer.testing else "val"
-                    self.log(f"{to}/score", judged.mean(), on_epoch=True, batch_size=len(texts), sync_dist=True)
+                    log_rows(self, {f"{to}/score": judged[own]})
             self.samples += [
                 {"step": self.global_step, "mode": mode, "prompt": prompt, "completion": text, "score": score}
                 for prompt, text, score in zip(texts[:SHOWN], rollout.completions, scores, strict=False)
