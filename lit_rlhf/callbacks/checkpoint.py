@@ -16,6 +16,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.callbacks.checkpoint_io import SafeCheckpointIO
+from lit_rlhf.callbacks.generators import put_back, states_of_all
+from lit_rlhf.callbacks.unfinished import (
+    begin_epoch,
+    begin_validation,
+    expect_validation,
+    validation_follows,
+    within_a_step,
+)
 from lit_rlhf.checkpoints import CheckpointError, link
 
 # What Lightning's callback notes of a save before it makes it.
@@ -54,6 +62,8 @@ class Checkpoint(ModelCheckpoint):
         self._outdated: list[str] = []  # oldest first
         self._failed_at: int | None = None  # the step whose save failed
         self._failure = ""
+        self._put_off = False  # a save, to the end of the epoch
+        self._generators: list[dict[str, Any]] = []  # of each process, where a checkpoint was loaded
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have this Trainer's checkpoints written and read safely."""
@@ -62,20 +72,61 @@ class Checkpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
         refuse_another_start(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store every process's random state, for what user code draws, and whether a validation is still to come."""
+        checkpoint["generators"] = states_of_all(trainer)
+        if validation_follows(trainer):
+            expect_validation(checkpoint["loops"]["fit_loop"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the random states until training starts: much may still draw before that."""
+        self._generators = checkpoint.get("generators", [])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put this process's random state back; a process that the stopped run had not keeps its own."""
+        super().on_train_start(trainer, pl_module)
+        begin_epoch(trainer)
+        if trainer.global_rank < len(self._generators):
+            put_back(self._generators[trainer.global_rank], trainer.strategy.root_device)
+        self._generators = []
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where ``max_steps`` ends training: a moment later the epoch would count as finished."""
+        """Save if it is time, and where ``max_steps`` ends training: a moment later the epoch would count as finished.
+
+        What a resumed Lightning would pass over comes first: the end of an epoch, and a validation after the very last
+        step. A validation elsewhere it is told to begin with.
+        """
+        validated_next, last = validation_follows(trainer), trainer.global_step == trainer.max_steps
+        self._put_off = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not validated_next
+        if self._put_off or (validated_next and last) or within_a_step(trainer):
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step == trainer.max_steps:
-            self.save_now(trainer)
+        self._save_at_max_steps(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what was put off to the epoch's end."""
+        if self._put_off:
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+            self._save_at_max_steps(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the run was resumed is of no more interest."""
+        super().on_validation_start(trainer, pl_module)
+        begin_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint of this step once more, now with what the validation found."""
         saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
         super().on_validation_end(trainer, pl_module)
-        if saved and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or within_a_step(trainer):
+            return
+        if saved:
             self._attempt(trainer, lambda: self._save_checkpoint(trainer, saved))
+        else:
+            self._save_at_max_steps(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the last step has been saved already.
@@ -100,6 +151,13 @@ class Checkpoint(ModelCheckpoint):
         if self.monitor is None or self.monitor in candidates:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+    def _save_at_max_steps(self, trainer: Trainer) -> None:
+        if trainer.global_step == trainer.max_steps:
+            self.save_now(trainer)
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        return super()._should_skip_saving_checkpoint(trainer) or within_a_step(trainer)
 
     # -- how Lightning's callback saves, links and removes ---------------------------------------------------------
 

@@ -31,6 +31,14 @@ class SampleTable(Callback):
     def __init__(self, rows: int = 16, wandb_every: int = 1) -> None:
         self.rows, self.wandb_every, self.seen = rows, wandb_every, 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were."""
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seen = state_dict["seen"]
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Append this validation's samples."""
         samples = getattr(pl_module, "samples", [])[: self.rows]

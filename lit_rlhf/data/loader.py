@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,32 +23,13 @@ from torch.utils.data import DataLoader
 from lit_rlhf.data.chat import find_tokenizer, padding_id
 from lit_rlhf.data.files import DataError, Rows
 from lit_rlhf.data.mixture import Mixture, sources_of, unstack
+from lit_rlhf.data.position import Position, recount
 from lit_rlhf.data.shares import RankSampler, Rounds, collate_numbered
 from lit_rlhf.data.sources import load_split
 from lit_rlhf.data.templates import set_template
 
 _SIZES = ("batch_size", "val_batch_size", "pretraining_batch_size", "max_length", "max_prompt_length")
 _COUNTS = (*_SIZES, "limit", "val_limit", "prompt_words")
-
-
-@dataclass
-class Position:
-    """How far the training data has been read."""
-
-    epoch: int = 0
-    rows: int = 0  # rows of this epoch that all processes together have read
-    started: bool = False
-    pretraining: int = 0  # rows of the pretraining stream, if there is one, that all processes together have read
-
-    def seek(self, epoch: int, rows: int, pretraining: int = 0) -> None:
-        """Go there: the next pass begins at this place."""
-        self.epoch, self.rows, self.started, self.pretraining = epoch, rows, False, pretraining
-
-    def begin(self, usable: int) -> None:
-        """Begin a pass over ``usable`` rows: where it was sought to be, else at the start of the next epoch."""
-        if self.started or self.rows >= usable:
-            self.epoch, self.rows = self.epoch + 1, 0
-        self.started = True
 
 
 class SeekableLoader(DataLoader[Any]):
@@ -154,6 +134,8 @@ class SeekableData(L.LightningDataModule):
         sampler = RankSampler(self._mixture, rank=rank, world=world, shuffle=True, seed=self._seed)
         loader: SeekableLoader = self._loader(SeekableLoader, rows, sampler, self._batch_size)
         loader.position = self.position
+        if trainer is not None:
+            recount(trainer, self.position, sampler.num_samples, self._batch_size, world)
         return loader
 
     def val_dataloader(self) -> Any:

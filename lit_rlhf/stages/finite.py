@@ -15,6 +15,7 @@ from lit_rlhf.stages.optim import Optim, clip_gradients, gradient_norms
 if TYPE_CHECKING:
     from lit_rlhf.stages.inner_loop import InnerLoop
 
+COUNTS = ("skipped_updates", "skipped_in_a_row")
 _SHOWN = 4  # rows, prompts and weights named in a message
 
 
@@ -26,7 +27,7 @@ class Watch:
     itself, and nothing is watched here.
 
     Args:
-        stage: gains the buffer ``skipped_updates``, the count since the run began.
+        stage: gains the buffers ``skipped_updates``, the count since the run began, and ``skipped_in_a_row``.
         optim: says whether to stop, and after how many kept back steps in a row.
     """
 
@@ -34,10 +35,20 @@ class Watch:
         self.skips, self.most = optim.nonfinite == "skip", optim.most_skips
         self.in_a_row = 0
         self.losses: list[Tensor] = []  # of each backward pass of the step: a number, or one a row
-        count = torch.zeros((), dtype=torch.long)
-        stage.register_buffer("skipped_updates", count)
-        # Checkpoints written before this was counted.
-        stage.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: _fill_in(state, prefix, count))
+        for name in COUNTS:
+            stage.register_buffer(name, torch.zeros((), dtype=torch.long))
+        # Checkpoints written before these were counted.
+        stage.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: _fill_in(state, prefix))
+        stage.register_load_state_dict_post_hook(lambda stage, _: self._go_on(stage))
+
+    def _go_on(self, stage: Any) -> None:
+        self.in_a_row = int(stage.skipped_in_a_row)
+
+    def _count(self, stage: Any, in_a_row: int) -> None:
+        """Note the steps left out in a row, on the host and in what is saved; steps that are made cost nothing."""
+        if in_a_row != self.in_a_row:
+            self.in_a_row = in_a_row
+            stage.skipped_in_a_row.fill_(in_a_row)
 
     def note(self, losses: Tensor) -> None:
         """Keep what a backward pass starts from, until the step is decided."""
@@ -69,9 +80,9 @@ class Watch:
         if stage.trainer.world_size > 1:
             fault = stage.trainer.strategy.reduce(fault, reduce_op="max")
         if not fault.item():
-            self.in_a_row = 0
+            self._count(stage, 0)
             return True
-        self.in_a_row += 1
+        self._count(stage, self.in_a_row + 1)
         found = "; ".join(where(losses) + _weights(stage) or ["another process, whose message says more"])
         problem = f"{type(stage).__name__}, step {stage.global_step}: not finite: {found}"
         if not self.skips:
@@ -130,8 +141,9 @@ def clip_and_log(
     module.log_dict(metrics, batch_size=1)
 
 
-def _fill_in(state: dict[str, Any], prefix: str, count: Tensor) -> None:
-    state.setdefault(f"{prefix}skipped_updates", torch.zeros_like(count))
+def _fill_in(state: dict[str, Any], prefix: str) -> None:
+    for name in COUNTS:
+        state.setdefault(f"{prefix}{name}", torch.zeros((), dtype=torch.long))
 
 
 def _weights(stage: LightningModule) -> list[str]:

@@ -19,6 +19,7 @@ from lit_rlhf.stages.memory import explained_backward, explains_memory
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_ranked
 from lit_rlhf.stages.resume import greet
+from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.spread import spread
 
 
@@ -43,7 +44,7 @@ class RewardModeling(LightningModule):
         normalize: what a saved model tells ``RewardModel(normalize=True)`` to take off and divide by: mean and
             deviation of the scores of all held-out responses; or the mean of each prompt's best and 1, so that
             demonstrations, where they are the best, average 0 (Ouyang et al. 2022, §3.5).
-        seed: of the new head.
+        seed: of the new head and of dropout.
 
     Raises:
         ValueError: a setting out of its range, or one that ``best_of_k`` has no use for.
@@ -76,7 +77,7 @@ class RewardModeling(LightningModule):
         keep_adapters_only(self, ["reward"])
         self.watch = Watch(self, self.optim)
         self.loss, self.margin, self.label_smoothing = loss, margin, label_smoothing
-        self.center, self.normalize = center, normalize
+        self.center, self.normalize, self.seed = center, normalize, seed
         self.step_prompts = 0.0
         for name, value in (("score_mean", 0.0), ("score_std", 1.0), ("was_validated", False)):
             self.register_buffer(name, torch.tensor(value))
@@ -105,6 +106,8 @@ class RewardModeling(LightningModule):
     @explains_memory("reward")
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Sum of the prompts' losses; the step's gradient is divided by its prompts before clipping."""
+        place = (self.trainer.fit_loop.total_batch_idx, self.global_rank)
+        torch.manual_seed(seed_for(self.seed, "dropout", *place))
         losses, scores = self.compare(batch)
         total, better, worse = losses.sum(), scores[batch.better], scores[batch.worse]
         self.step_prompts += len(batch)

@@ -16,7 +16,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_rlhf.data import DataError, PromptData
-from lit_rlhf.data.loader import Position, RankSampler
+from lit_rlhf.data.loader import RankSampler
+from lit_rlhf.data.position import Position
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers:UserWarning",
