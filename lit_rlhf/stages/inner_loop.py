@@ -25,6 +25,7 @@ from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.finite import Watch, bad_microbatches, clip_finite
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
+from lit_rlhf.stages.halving import Halving
 from lit_rlhf.stages.memory import explained, microbatch_sizes
 from lit_rlhf.stages.optim import Optim
 from lit_rlhf.stages.penalties import steer_penalty
@@ -80,7 +81,7 @@ class InnerLoop(LightningModule):
         self._ddp_params_and_buffers_to_ignore = own
         forget_in_checkpoints(self, ("rewards",) if self.refreshes_reference else ("reference", "rewards"))
         keep_adapters_only(self, networks)
-        self.watch = Watch(self, self.optim)
+        self.watch, self.halving = Watch(self, self.optim), Halving(self)
         for weight, first in (("kl_coef", self.kl.coef), ("clip_penalty", self.clip.penalty)):
             self.register_buffer(weight, torch.tensor(float(first), dtype=torch.double))
 
@@ -92,6 +93,7 @@ class InnerLoop(LightningModule):
         refuse_half_precision_weights(self.trainer)
         # DDP waits for every gradient in the pass that it averages in: there all networks go together.
         self.updates.turns = 1 if isinstance(self.trainer.strategy, DDPStrategy) else self.turns
+        self.halving.begin()
 
     on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
@@ -157,7 +159,7 @@ class InnerLoop(LightningModule):
         for step in range(self.updates.count):
             self.updates.step, self.updates.passes = step, 0
             with explained("update", lambda: microbatch_sizes(self)):
-                optimizer.step(closure=self._accumulate)
+                optimizer.step(closure=self.halving.around(self._accumulate))
             self.update_count += not self.watch.in_a_row
             if self._kl_exceeded(step):
                 break
@@ -188,13 +190,10 @@ class InnerLoop(LightningModule):
             optimizer.zero_grad(set_to_none=True)
 
     def _sync_gradients(self) -> None:
-        """Have the gradients averaged over ranks with the last microbatch of a step only.
-
-        What ``no_sync`` sets for a block of code: the first step's number of microbatches is known inside it.
-        """
+        """Have the gradients averaged over ranks with the last microbatch of a step only, as ``no_sync`` would."""
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
-            wrapped.require_backward_grad_sync = self.updates.at_last
+            wrapped.require_backward_grad_sync = self.updates.at_last and not self.halving.wanted
 
     def _kl_exceeded(self, step: int) -> bool:
         """Whether this step's approximate KL passed the target; decided on all ranks together."""
