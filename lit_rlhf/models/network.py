@@ -100,6 +100,12 @@ def is_path(name: str) -> bool:
     return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def fits(model: Any, tokens: int) -> bool:
+    """Whether a sequence of so many tokens has no more than the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit is None or tokens <= limit
+
+
 def check_folder(name: str) -> None:
     """Refuse a model folder that cannot be loaded; names that can only be hub ids pass.
 

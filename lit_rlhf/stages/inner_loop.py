@@ -2,8 +2,7 @@
 
 Lightning calls ``optimizer_step`` once a prompt batch; the hook here steps K epochs × M minibatches times, and each
 step's closure runs ``training_step`` once a microbatch. So one prompt batch is one ``global_step``, and clipping,
-schedules, ``max_steps``, checkpoint intervals, precision plugins and strategies work as their users expect.
-There is no algorithm in this file.
+schedules, ``max_steps``, checkpoints, precision plugins and strategies work as expected. No algorithm is in this file.
 """
 
 from __future__ import annotations
@@ -211,6 +210,8 @@ class InnerLoop(LightningModule):
         """Clip policy and critic each by its own norm, and note the norms; make no step that is not finite."""
         limits = gradient_clip_val, gradient_clip_algorithm
         self.rollout_metrics |= clip_finite(self, optimizer, *limits, lambda _: bad_microbatches(self))
+        if self.updates.idle and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            optimizer.zero_grad(set_to_none=True)  # else AdamW would go on by its moments
 
     # -- after ------------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,12 @@ class Plan:
         """Whether the next backward pass is the last of its optimizer step; true while there is no plan."""
         return not self.steps or self.passes == len(self.steps[self.step]) * self.turns - 1
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing at all counts in the current optimizer step, on any rank."""
+        tokens, _, of_texts = self.counts[self.step]
+        return not tokens + of_texts
+
     def clear(self) -> None:
         """Forget the rollout, its plan and its metrics."""
         self.rollout: Rollout | None = None
