@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lit_rlhf.models.foreign import announce_code
 from lit_rlhf.models.kernels import apply_liger
 from lit_rlhf.models.noise import add_residual_dropout
 
@@ -157,10 +158,13 @@ def _set_dropout(config: Any, probability: float) -> None:
 
 def load_config(name: str, network: Network) -> Any:
     """Read a model's configuration, its dropouts set to ``network.dropout``."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     check_folder(name)
     with hub_errors(name, "model"), quiet():
+        if network.trust_remote_code:
+            raw, _ = PretrainedConfig.get_config_dict(name, revision=network.revision)
+            announce_code(name, network.revision, raw, "model")
         config = AutoConfig.from_pretrained(
             name, revision=network.revision, trust_remote_code=network.trust_remote_code
         )
