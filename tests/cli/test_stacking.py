@@ -56,7 +56,9 @@ def test_csv_log_comes_first_and_only_false_turns_it_off() -> None:
     own = CSVLogger("elsewhere")
     assert [type(one) for one in loggers(None, "runs")] == [CSVLogger]
     assert [type(one) for one in loggers(other, "runs")] == [CSVLogger, SafeWandbLogger]
-    assert loggers([other, own], "runs") == [own, other]
+    first, second = loggers([other, own], "runs")
+    assert first is own
+    assert vars(second)["_wandb_init"] is vars(other)["_wandb_init"]
     assert loggers(False, "runs") is False
 
 
