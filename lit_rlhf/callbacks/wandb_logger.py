@@ -109,7 +109,7 @@ class SafeWandbLogger(WandbLogger):
     def _give_up(self, error: Exception) -> None:
         self._broken = True
         folder = getattr(getattr(self._experiment, "settings", None), "sync_dir", None)
-        rest = f"; what it had got is in {folder}: `wandb sync {folder}` uploads it" if folder else ""
+        rest = f"; what it had written by then is in {folder}: `wandb sync {folder}` uploads it" if folder else ""
         rank_zero_warn(
             f"W&B failed ({_first_line(error)}) and gets nothing more of this run. Training goes on, and metrics.csv "
             f"has all metrics{rest}"
