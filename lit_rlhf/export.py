@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lit_rlhf.checkpoint_parts import read_any
+from lit_rlhf.checkpoints import CheckpointError
 
 
 def no_reward(completions: list[str]) -> list[float]:
@@ -36,7 +37,7 @@ def stage_class(hyper_parameters: dict[str, Any], checkpoint: str) -> type[Light
     return found
 
 
-def export(checkpoint: str, folder: str, merge: bool = True) -> None:
+def export(checkpoint: str, folder: str, merge: bool = True, trust_remote_code: bool = False) -> None:
     """Write the network of a checkpoint as a Hugging Face folder, which transformers loads like any other.
 
     The folder that the run started from must still be there: frozen weights are not in a checkpoint.
@@ -45,6 +46,7 @@ def export(checkpoint: str, folder: str, merge: bool = True) -> None:
         checkpoint: a .ckpt file, as a fit writes it, or a folder of parts.
         folder: where to.
         merge: add adapters to the weights; false writes the adapters alone.
+        trust_remote_code: run Python code that comes with the model which the checkpoint names, if it asks for that.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -52,6 +54,12 @@ def export(checkpoint: str, folder: str, merge: bool = True) -> None:
         ValueError: a file that no stage wrote.
     """
     saved = read_any(checkpoint, mmap=True)
+    network = saved.get("hyper_parameters", {}).get("network") or {}
+    if network.get("trust_remote_code") and not trust_remote_code:  # whoever made the file must not choose that
+        raise CheckpointError(
+            f"{checkpoint} was trained with trust_remote_code, and asks to run Python code that comes with "
+            f"{saved['hyper_parameters'].get('model')}: if you trust its author, say --trust_remote_code true"
+        )
     stage = stage_class(saved.get("hyper_parameters", {}), checkpoint)
     known = inspect.signature(stage).parameters
     arguments = {key: value for key, value in saved["hyper_parameters"].items() if key in known}

@@ -15,6 +15,7 @@ from lit_rlhf.callbacks.samples import SampleTable
 from lit_rlhf.callbacks.saved_config import SavedConfig
 from lit_rlhf.callbacks.tables import Tables
 from lit_rlhf.callbacks.throughput import Throughput
+from lit_rlhf.callbacks.wandb_logger import SafeWandbLogger
 
 __all__ = [
     "Checkpoint",
@@ -26,6 +27,7 @@ __all__ = [
     "RankError",
     "RankWatch",
     "SafeCheckpointIO",
+    "SafeWandbLogger",
     "SampleTable",
     "SavedConfig",
     "Tables",

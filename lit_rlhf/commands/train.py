@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 import lit_rlhf.data
 import lit_rlhf.stages  # noqa: F401 - classes that were imported can be named without their module
@@ -23,6 +23,7 @@ from lit_rlhf.callbacks import (
     Preemption,
     Progress,
     RankWatch,
+    SafeWandbLogger,
     SampleTable,
     SavedConfig,
     Tables,
@@ -129,6 +130,8 @@ class CLI(LightningCLI):
 def loggers(chosen: Logger | list[Logger] | bool | None, folder: str) -> list[Logger] | bool:
     """The loggers of a run: a CSV log and whatever was asked for; none only where ``false`` was asked for.
 
+    W&B's is one that cannot end the run.
+
     Args:
         chosen: ``trainer.logger`` as configured.
         folder: ``trainer.default_root_dir``; each run gets a folder ``version_N`` in it.
@@ -136,6 +139,7 @@ def loggers(chosen: Logger | list[Logger] | bool | None, folder: str) -> list[Lo
     if chosen is False:
         return False
     others = chosen if isinstance(chosen, list) else [chosen] if isinstance(chosen, Logger) else []
+    others = [SafeWandbLogger.of(one) if type(one) is WandbLogger else one for one in others]
     if any(isinstance(logger, CSVLogger) for logger in others):
         return sorted(others, key=lambda logger: not isinstance(logger, CSVLogger))
     return [CSVLogger(folder, name="", flush_logs_every_n_steps=10), *others]

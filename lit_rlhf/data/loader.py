@@ -24,6 +24,7 @@ from lit_rlhf.data.chat import find_tokenizer, padding_id
 from lit_rlhf.data.files import DataError, Rows
 from lit_rlhf.data.mixture import Mixture, sources_of, unstack
 from lit_rlhf.data.position import Position, recount
+from lit_rlhf.data.reach import Reach
 from lit_rlhf.data.shares import RankSampler, Rounds, collate_numbered
 from lit_rlhf.data.sources import load_split
 from lit_rlhf.data.templates import set_template
@@ -57,10 +58,7 @@ class SeekableLoader(DataLoader[Any]):
 
 
 class SeekableData(L.LightningDataModule):
-    """What the three data modules share: rows are read and encoded once, served, and their place is kept.
-
-    A subclass says how rows are encoded and how some of them make a batch.
-    """
+    """What the data modules share: rows are read and encoded once (a subclass says how), served, their place kept."""
 
     def __init__(self, *, batch_size: int, val_batch_size: int | None, seed: int, num_workers: int) -> None:
         """Take the knobs of the same names."""
@@ -68,7 +66,7 @@ class SeekableData(L.LightningDataModule):
         self.tokenizer: Any = None
         self.dropped: Counter[str] = Counter()  # rows left out, by reason
         self.truncated = 0  # sequences that were cut to the length limit
-        self.position = Position()
+        self.position, self.reach = Position(), Reach()
         self._batch_size, self._val_batch_size = batch_size, val_batch_size or batch_size
         self._seed, self._num_workers = seed, num_workers
         self._train: Sequence[Any] | None = None
@@ -106,6 +104,7 @@ class SeekableData(L.LightningDataModule):
             return
         self._check_knobs()
         self.tokenizer, self.dropped, self.truncated = tokenizer, Counter(), 0
+        self.reach = Reach.of(self.trainer)
         set_template(self.tokenizer, self.knobs.chat_template)
         train, val = load_split(**{name: self.knobs[name] for name in inspect.signature(load_split).parameters})
         self._train, parts = self._encode_all(train)
@@ -116,7 +115,9 @@ class SeekableData(L.LightningDataModule):
         lost = "".join(f"; dropped {count} {reason}" for reason, count in self.dropped.items())
         cut = f"; cut {self.truncated} that were too long" if self.truncated else ""
         name, rows = type(self).__name__, f"{len(self._train)} training and {len(self._val)} validation rows"
-        rank_zero_info(f"{name}: {rows}{self._mixture.shares(sources)}{lost}{cut}")
+        pad, end = padding_id(self.tokenizer), self.tokenizer.eos_token_id
+        same = f"; padding is the end token ({pad}), told apart by lengths" if pad == end else ""
+        rank_zero_info(f"{name}: {rows}{self._mixture.shares(sources)}{lost}{cut}{same}")
 
     def train_dataloader(self) -> SeekableLoader:
         """Shuffled batches, always full; a new Trainer starts with the first epoch unless it restored a place."""

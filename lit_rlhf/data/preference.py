@@ -149,16 +149,16 @@ class PreferenceData(SeekableData):
         better = [(i, j) for i, j in order if ranks[i] != ranks[j] and encoded[i] != encoded[j]]
         if not better:
             raise sources.Dropped("with nothing to compare (responses equal or tied)")
-        longest, how = self.knobs.max_length, self.knobs.too_long
+        (longest, bound), how = self.reach.bound(self.knobs.max_length, "max_length"), self.knobs.too_long
         sequences = []
         for head, tail in encoded:
             if len(head) + len(tail) > longest:
-                sources.refuse_long(len(head) + len(tail), longest, how, knob="max_length", instead="truncate_left")
+                sources.refuse_long(len(head) + len(tail), longest, how, knob=bound, instead="truncate_left")
                 if len(tail) >= longest:
-                    raise sources.Dropped(f"with a response that alone fills max_length={longest}")
+                    raise sources.Dropped(f"with a response that alone fills {bound}={longest}")
                 self.truncated += 1
                 head = chat.keep_end(self.tokenizer, head, longest - len(tail))
-            sequences.append(np.asarray(head + tail, dtype=np.int32))
+            sequences.append(self.reach.check(np.asarray(head + tail, dtype=np.int32)))
         return Ranked(sequences, [len(tail) for _, tail in encoded], better, margin)
 
 

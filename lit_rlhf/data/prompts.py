@@ -97,7 +97,10 @@ class PromptData(SeekableData):
         if knobs.pretraining_length < 2:
             raise sources.DataError(f"pretraining_length must be at least 2, got {knobs.pretraining_length}")
         rows = sources.load_sources(knobs.pretraining, knobs.split, knob="pretraining")
-        column, longest = knobs.pretraining_column, knobs.pretraining_length
+        column, (longest, _) = (
+            knobs.pretraining_column,
+            self.reach.bound(knobs.pretraining_length, "pretraining_length"),
+        )
         parts = pieces_of(rows, self.tokenizer, column=column, longest=longest)
         named = sources_of(knobs.pretraining, "pretraining")
         mixture = Mixture.of([len(part) for part in parts], [source.weight for source in named])
@@ -171,14 +174,14 @@ class PromptData(SeekableData):
 
     def _fit(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """Apply max_prompt_length."""
-        longest, how = self.knobs.max_prompt_length, self.knobs.too_long
+        longest, bound = self.reach.bound(self.knobs.max_prompt_length, "max_prompt_length", sampled=True)
         if not ids:
             raise sources.DataError("the prompt has no tokens, so there is nothing to continue")
         if len(ids) > longest:
-            sources.refuse_long(len(ids), longest, how, knob="max_prompt_length", instead="truncate_left")
+            sources.refuse_long(len(ids), longest, self.knobs.too_long, knob=bound, instead="truncate_left")
             self.truncated += 1
             ids = chat.keep_end(self.tokenizer, ids, longest)
-        return np.asarray(ids, dtype=np.int32)
+        return self.reach.check(np.asarray(ids, dtype=np.int32))
 
 
 @dataclass(frozen=True)

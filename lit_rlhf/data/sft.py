@@ -118,14 +118,14 @@ class SFTData(SeekableData):
 
     def _fit(self, ids: list[int], learned: list[bool]) -> Encoded:
         """Apply max_length."""
-        longest, how = self.knobs.max_length, self.knobs.too_long
+        (longest, bound), how = self.reach.bound(self.knobs.max_length, "max_length"), self.knobs.too_long
         if len(ids) > longest:
-            sources.refuse_long(len(ids), longest, how, knob="max_length", instead="truncate")
+            sources.refuse_long(len(ids), longest, how, knob=bound, instead="truncate")
             self.truncated += 1
             ids, learned = ids[:longest], learned[:longest]
             if not any(learned):
                 raise sources.Dropped("with nothing to learn within max_length")
-        return np.asarray(ids, dtype=np.int32), np.asarray(learned, dtype=bool)
+        return self.reach.check(np.asarray(ids, dtype=np.int32)), np.asarray(learned, dtype=bool)
 
 
 def pad_right(rows: list[np.ndarray[Any, Any]], pad: int) -> tuple[Tensor, Tensor]:

@@ -110,8 +110,9 @@ def refuse_long(length: int, longest: int, how: str, *, knob: str, instead: str)
     if how == "drop":
         raise Dropped(f"longer than {knob}={longest}")
     if how == "error":
+        raised = "raise it, or " if knob.isidentifier() else ""  # a model's positions are what they are
         raise DataError(
-            f'{length} tokens are more than {knob}={longest}; raise it, or set too_long to "{instead}" or "drop"'
+            f'{length} tokens are more than {knob}={longest}; {raised}set too_long to "{instead}" or "drop"'
         )
 
 

@@ -18,7 +18,7 @@ from lit_rlhf.models.heads import (
     sequence_scores,
     token_scores,
 )
-from lit_rlhf.models.network import Dtype, Lora, Network
+from lit_rlhf.models.network import Dtype, Lora, Network, fits
 from lit_rlhf.models.noise import embedding_noise, uniform_noise
 from lit_rlhf.models.packing import packed_next_token_logprobs
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
@@ -38,6 +38,7 @@ __all__ = [
     "embedding_noise",
     "evaluating",
     "fill",
+    "fits",
     "forget_in_checkpoints",
     "freeze",
     "gathered",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import has_adapters, inject_adapters, merged_state, save_adapters
+from lit_rlhf.models.foreign import announce_code
 from lit_rlhf.models.logprobs import Chosen
 from lit_rlhf.models.network import (
     Lora,
@@ -54,6 +55,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         ValueError: it has neither a padding nor an end token.
     """
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     if is_path(name):
         folder = Path(name).expanduser()
@@ -62,6 +64,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         if not any(folder.glob("token*")):
             raise FileNotFoundError(f"{name} has no tokenizer.json; name a folder that has one as tokenizer")
     with hub_errors(name, "tokenizer"), quiet():
+        if trust_remote_code:
+            announce_code(name, None, get_tokenizer_config(name), "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

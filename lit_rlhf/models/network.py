@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lit_rlhf.models.deferred import build_empty
+from lit_rlhf.models.foreign import announce_code
 from lit_rlhf.models.kernels import apply_liger
 from lit_rlhf.models.noise import add_residual_dropout
 
@@ -101,6 +102,12 @@ def is_path(name: str) -> bool:
     return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def fits(model: Any, tokens: int) -> bool:
+    """Whether a sequence of so many tokens has no more than the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit is None or tokens <= limit
+
+
 def check_folder(name: str) -> None:
     """Refuse a model folder that cannot be loaded; names that can only be hub ids pass.
 
@@ -152,10 +159,13 @@ def _set_dropout(config: Any, probability: float) -> None:
 
 def load_config(name: str, network: Network) -> Any:
     """Read a model's configuration, its dropouts set to ``network.dropout``."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     check_folder(name)
     with hub_errors(name, "model"), quiet():
+        if network.trust_remote_code:
+            raw, _ = PretrainedConfig.get_config_dict(name, revision=network.revision)
+            announce_code(name, network.revision, raw, "model")
         config = AutoConfig.from_pretrained(
             name, revision=network.revision, trust_remote_code=network.trust_remote_code
         )

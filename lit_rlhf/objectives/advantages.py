@@ -66,7 +66,7 @@ def generalized_advantages(
         columns.append(torch.where(counts, advantage, 0.0))
         next_advantage = torch.where(counts, advantage, next_advantage)
         next_value = torch.where(counts, value, next_value)
-    advantages = torch.stack(columns[::-1], dim=1)
+    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
     return advantages, advantages + values
 
 

@@ -23,7 +23,7 @@ from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.fresh import explore
-from lit_rlhf.stages.guards import refuse_steps, refuse_unseen
+from lit_rlhf.stages.guards import refuse_steps, refuse_unseen, warn_if_silent
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, sequence_kl
 from lit_rlhf.stages.optim import Optim, configure
@@ -160,6 +160,7 @@ class GRPO(InnerLoop):
             credit = masked_whiten(credit, mask, over_ranks=self.sum_over_ranks)
         self.report(rollout)
         counted = mask & rollout.ended.unsqueeze(1) if self.truncated == "mask" else mask
+        warn_if_silent(self, counted)
         return rollout.with_(advantages=credit * counted, mask=counted)
 
     def compare(self, rollout: Rollout, scores: Tensor) -> Tensor:

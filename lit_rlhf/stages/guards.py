@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.rewards import MissingEOS
 from lit_rlhf.stages.settings import KL, Advantages
+
+if TYPE_CHECKING:
+    from lit_rlhf.stages.inner_loop import InnerLoop
 
 
 def refuse_half_precision_weights(trainer: Trainer) -> None:
@@ -83,4 +89,18 @@ def refuse_steps(rollout: Rollout) -> None:
         raise MisconfigurationException(
             "advantages.mix='normalize_then_sum' compares whole responses, but a reward returned Steps: return "
             "numbers, or take advantages.mix='sum_then_normalize'."
+        )
+
+
+def warn_if_silent(stage: InnerLoop, counted: Tensor) -> None:
+    """Say of a rollout without a single token that counts that no weight will move; asked of all processes together.
+
+    Args:
+        stage: whose rollout it is.
+        counted: [B, T] bool, the tokens of this process that count.
+    """
+    if not stage.max_over_ranks(counted.any().float()):
+        rank_zero_warn(
+            f"rollout {stage.global_step}: no token of its {len(counted)} responses a process counts (all were cut "
+            "off by sampling.max_new_tokens, or are empty), so no weight moves"
         )

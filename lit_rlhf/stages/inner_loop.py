@@ -2,8 +2,7 @@
 
 Lightning calls ``optimizer_step`` once a prompt batch; the hook here steps K epochs × M minibatches times, and each
 step's closure runs ``training_step`` once a microbatch. So one prompt batch is one ``global_step``, and clipping,
-schedules, ``max_steps``, checkpoint intervals, precision plugins and strategies work as their users expect.
-There is no algorithm in this file.
+schedules, ``max_steps``, checkpoints, precision plugins and strategies work as expected. No algorithm is in this file.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from lit_rlhf.rewards import Rewards
 from lit_rlhf.rollout import Sampler, Sampling
 from lit_rlhf.stages.finite import Watch, bad_microbatches, clip_finite
 from lit_rlhf.stages.guards import refuse_accumulation, refuse_half_precision_weights
+from lit_rlhf.stages.halving import Halving
 from lit_rlhf.stages.memory import explained, microbatch_sizes
 from lit_rlhf.stages.optim import Optim
 from lit_rlhf.stages.penalties import steer_penalty
@@ -81,7 +81,7 @@ class InnerLoop(LightningModule):
         self._ddp_params_and_buffers_to_ignore = own
         forget_in_checkpoints(self, ("rewards",) if self.refreshes_reference else ("reference", "rewards"))
         keep_adapters_only(self, networks)
-        self.watch = Watch(self, self.optim)
+        self.watch, self.halving = Watch(self, self.optim), Halving(self)
         for weight, first in (("kl_coef", self.kl.coef), ("clip_penalty", self.clip.penalty)):
             self.register_buffer(weight, torch.tensor(float(first), dtype=torch.double))
 
@@ -95,6 +95,7 @@ class InnerLoop(LightningModule):
         refuse_half_precision_weights(self.trainer)
         # DDP waits for every gradient in the pass that it averages in: there all networks go together.
         self.updates.turns = 1 if isinstance(self.trainer.strategy, DDPStrategy) else self.turns
+        self.halving.begin()
 
     on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come
 
@@ -160,7 +161,7 @@ class InnerLoop(LightningModule):
         for step in range(self.updates.count):
             self.updates.step, self.updates.passes = step, 0
             with explained("update", lambda: microbatch_sizes(self)):
-                optimizer.step(closure=self._accumulate)
+                optimizer.step(closure=self.halving.around(self._accumulate))
             self.update_count += not self.watch.in_a_row
             if self._kl_exceeded(step):
                 break
@@ -191,13 +192,10 @@ class InnerLoop(LightningModule):
             optimizer.zero_grad(set_to_none=True)
 
     def _sync_gradients(self) -> None:
-        """Have the gradients averaged over ranks with the last microbatch of a step only.
-
-        What ``no_sync`` sets for a block of code: the first step's number of microbatches is known inside it.
-        """
+        """Have the gradients averaged over ranks with the last microbatch of a step only, as ``no_sync`` would."""
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
-            wrapped.require_backward_grad_sync = self.updates.at_last
+            wrapped.require_backward_grad_sync = self.updates.at_last and not self.halving.wanted
 
     def _kl_exceeded(self, step: int) -> bool:
         """Whether this step's approximate KL passed the target; decided on all ranks together."""
@@ -215,6 +213,8 @@ class InnerLoop(LightningModule):
         """Clip policy and critic each by its own norm, and note the norms; make no step that is not finite."""
         limits = gradient_clip_val, gradient_clip_algorithm
         self.rollout_metrics |= clip_finite(self, optimizer, *limits, lambda _: bad_microbatches(self))
+        if self.updates.idle and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            optimizer.zero_grad(set_to_none=True)  # else AdamW would go on by its moments
 
     # -- after ------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ def gap_metrics(rollout: Rollout, logprobs: Tensor) -> dict[str, Tensor]:
     """How far the sampler's log-probs are from the trainer's ``logprobs`` [B, T], in nats a token."""
     assert rollout.sampler_logprobs is not None
     gap = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0).abs()
-    return {"sampler/logprob_gap_mean": masked_mean(gap, rollout.mask), "sampler/logprob_gap_max": gap.max()}
+    most = gap.max() if gap.numel() else gap.new_zeros(())
+    return {"sampler/logprob_gap_mean": masked_mean(gap, rollout.mask), "sampler/logprob_gap_max": most}
 
 
 def reward_metrics(parts: dict[str, Tensor], prefix: str = "rewards/") -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ _KNOBS = {
     "rollout": "sampler.cache_gb (samples in parts), data.batch_size, sampling.max_new_tokens",
     "score": "model.updates.micro_batch_tokens (a scoring pass reads four times as many tokens), the batch_size of a "
     "RewardModel, model.frozen_dtype=bfloat16",
-    "update": f"model.updates.micro_batch_tokens (which changes no result), {_NETWORK}, model.frozen_dtype=bfloat16",
+    "update": "model.updates.micro_batch_tokens (which changes no result; model.updates.halve_on_oom lowers it by "
+    f"itself), {_NETWORK}, model.frozen_dtype=bfloat16",
     "batch": f"data.batch_size (with trainer.accumulate_grad_batches for the same step), {_NETWORK}",
 }
 
@@ -30,7 +31,14 @@ class OutOfMemory(torch.OutOfMemoryError):
     """Memory ran out; the message says at what, and which knobs lower it."""
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch's own error, not yet one of ours, says that an allocation failed.
+
+    Args:
+        error: as it was raised.
+    """
+    if isinstance(error, OutOfMemory):
+        return False
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -48,7 +56,7 @@ def explained(phase: str, sizes: Callable[[], str] = lambda: "") -> Iterator[Non
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, OutOfMemory) or not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         first = str(error).strip().splitlines()[0]
         raise OutOfMemory(f"out of memory in the {phase}{sizes()}. To lower it: {_KNOBS[phase]}. {first}") from error

@@ -25,6 +25,7 @@ from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.critic import appraise, new_critic, read_both, value_terms
+from lit_rlhf.stages.guards import warn_if_silent
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, judge_held_out, objective_metrics
 from lit_rlhf.stages.optim import Optim, configure, forget_moments
@@ -144,6 +145,7 @@ class PPO(InnerLoop):
     def assess(self, rollout: Rollout) -> Rollout:
         """Turn scores into per-token rewards (− β·KL, the score on the last token), advantages and returns."""
         mask, kl, beta = rollout.mask, kl_to_reference(self, rollout), float(self.kl_coef)
+        warn_if_silent(self, mask)
         scores = self.shaping(rollout, self.sum_over_ranks)
         if self.kl.place == "score":
             scores = scores - beta * kl.sum(dim=1)

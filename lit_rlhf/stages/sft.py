@@ -14,6 +14,7 @@ from lit_rlhf.metrics import Perplexity, TokenAccuracy
 from lit_rlhf.models import (
     Network,
     embedding_noise,
+    fits,
     forget_in_checkpoints,
     keep_adapters_only,
     load_causal,
@@ -175,9 +176,13 @@ class SFT(LightningModule):
         beginnings, own = [], batch.loss_mask.any(dim=1)[: self.sample_prompts - self.sampled_prompts]
         for ids, mask, learned in zip(batch.ids, batch.mask, batch.loss_mask, strict=True):
             length, first = int(mask.sum()), int(learned.int().argmax())
-            beginnings.append(ids[: first if first > 1 else min(8, length - 1)])
+            beginning = ids[: first if first > 1 else min(8, length - 1)]
+            if fits(self.policy, len(beginning) + self.sampling.max_new_tokens):
+                beginnings.append(beginning)
             if len(beginnings) == self.sample_prompts - self.sampled_prompts:
                 break
+        if not beginnings:
+            return
         self.sampled_prompts += len(beginnings)
         width = max(len(ids) for ids in beginnings)
         ids = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0)) for ids in beginnings])

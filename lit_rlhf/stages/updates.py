@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,9 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_rlhf.batch import Examples, Rollout
-from lit_rlhf.models.groups import cut_groups
-from lit_rlhf.models.lengths import cut_by_length, padded_tokens, pass_tokens
+from lit_rlhf.models.lengths import pass_tokens
 from lit_rlhf.models.prefix import number_rows
+from lit_rlhf.stages.minibatch import Minibatch
 
 TermT = TypeVar("TermT")
 
@@ -30,6 +31,8 @@ class Updates:
         micro_batch_tokens: tokens of a forward pass, padding included; bounds memory and changes no result. Rows of
             like length are read together. A whole minibatch may be one pass if null.
         target_kl: stop a rollout's updates once a minibatch's approximate KL to the old policy passes this.
+        halve_on_oom: where memory runs out in an update, halve ``micro_batch_tokens`` for the rest of the run and make
+            the optimizer step again; else stop with an error. On one process and under ddp.
         sampler_gap: the sampler's log-probs serve as the old ones while, on a sample of rows, none differs from the
             trainer's by more than this, in nats; else all rows are read again. 0 reads them always.
     """
@@ -38,44 +41,8 @@ class Updates:
     minibatches: int = 1
     micro_batch_tokens: int | None = 16_384
     target_kl: float | None = None
+    halve_on_oom: bool = False
     sampler_gap: float = 1e-4
-
-
-@dataclass
-class _Task:
-    """Rows that are cut into microbatches, of like length or with the answers to a prompt together."""
-
-    rows: Tensor  # [n] their numbers in the rollout
-    which: Tensor  # [n] number of the prompt
-    prefix: Tensor  # [n] tokens of the prompt
-    rest: Tensor  # [n] tokens of the response
-    budget: int | None
-    overhead: int
-    in_groups: bool = False
-
-    def cut(self) -> list[Tensor]:
-        """As reading them costs least."""
-        lengths = self.prefix + self.rest
-        parts = cut_by_length(lengths, most_tokens=self.budget, overhead=self.overhead)
-        if len(self.which.unique()) < len(self.rows):
-            groups, cost = self._groups()
-            self.in_groups = cost < padded_tokens(parts, lengths) + self.overhead * len(parts)
-            parts = groups if self.in_groups else parts
-        return [self.rows[part] for part in parts]
-
-    def cut_into(self, count: int) -> list[Tensor]:
-        """In the same way, into more parts than that would be."""
-        if self.in_groups:
-            parts, _ = self._groups(count)
-        else:  # not one part more than it must make
-            lengths = self.prefix + self.rest
-            parts = cut_by_length(lengths, most_tokens=self.budget, overhead=2**40, at_least=count)
-        return [self.rows[part] for part in parts]
-
-    def _groups(self, count: int | None = None) -> tuple[list[Tensor], int]:
-        return cut_groups(
-            self.which, self.prefix, self.rest, most_tokens=self.budget, overhead=self.overhead, count=count
-        )
 
 
 class Plan:
@@ -83,7 +50,12 @@ class Plan:
 
     def __init__(self, settings: Updates) -> None:
         self.settings, self.turns = settings, 1
+        self.most_tokens = settings.micro_batch_tokens
         self.clear()
+
+    def bound(self, tokens: int) -> None:
+        """Let no microbatch to come read more tokens than these."""
+        self.most_tokens = min(tokens, self.most_tokens or tokens)
 
     @property
     def empty(self) -> bool:
@@ -105,10 +77,17 @@ class Plan:
         """Whether the next backward pass is the last of its optimizer step; true while there is no plan."""
         return not self.steps or self.passes == len(self.steps[self.step]) * self.turns - 1
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing at all counts in the current optimizer step, on any rank."""
+        tokens, _, of_texts = self.counts[self.step]
+        return not tokens + of_texts
+
     def clear(self) -> None:
         """Forget the rollout, its plan and its metrics."""
         self.rollout: Rollout | None = None
         self.steps: list[list[Tensor]] = []
+        self.minibatches: list[Minibatch] = []  # one a step
         self.wide: list[Tensor] = []
         self.step = self.passes = 0
         self.metrics: list[tuple[int, Tensor, dict[str, Tensor]]] = []
@@ -151,18 +130,36 @@ class Plan:
         orders = [torch.arange(rows)]
         orders += [torch.randperm(rows, generator=generator) for _ in range(1, self.settings.epochs)]
         minibatches = [part for order in orders for part in order.split(rows // self.settings.minibatches)]
-        most = self.settings.micro_batch_tokens
+        most = self.most_tokens
         budgets = [most] * len(minibatches) + [None if most is None else _FORWARD_ONLY * most]
         tasks = [
-            _Task(whole, which[whole], prefix[whole], rest[whole], budget, pass_tokens(device))
+            Minibatch(whole, which[whole], prefix[whole], rest[whole], budget, pass_tokens(device))
             for whole, budget in zip([*minibatches, orders[0]], budgets, strict=True)
         ]
-        cuts = [task.cut() for task in tasks]
-        counts = max_over_ranks(torch.tensor([len(parts) for parts in cuts], device=device)).tolist()
-        for i, task in enumerate(tasks):
-            if counts[i] > len(cuts[i]):
-                cuts[i] = task.cut_into(counts[i])
-        *self.steps, self.wide = cuts
+        *self.steps, self.wide = _cut(tasks, max_over_ranks, device)
+        self.minibatches = tasks[:-1]
+
+    @property
+    def largest(self) -> int:
+        """Tokens, padding included, of the current step's largest microbatch that could be cut; 0 if none could."""
+        whole = self.minibatches[self.step]
+        lengths = torch.zeros(int(whole.rows.max()) + 1, dtype=torch.long)
+        lengths[whole.rows] = whole.prefix + whole.rest
+        return max((len(rows) * int(lengths[rows].max()) for rows in self.steps[self.step] if len(rows) > 1), default=0)
+
+    def recut(self, most_tokens: int, max_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Begin the current step anew, it and those after it in microbatches of fewer tokens.
+
+        Args:
+            most_tokens: that a microbatch may read, padding included.
+            max_over_ranks: as in `draw_up`.
+        """
+        assert self.rollout is not None
+        self.bound(most_tokens)
+        rest = [dataclasses.replace(one, budget=self.most_tokens) for one in self.minibatches[self.step :]]
+        self.steps[self.step :] = _cut(rest, max_over_ranks, self.rollout.mask.device)
+        self.metrics = [found for found in self.metrics if found[0] != self.step]
+        self.passes = 0
 
     def parts(self, like_updates: bool) -> list[Tensor]:
         """Row numbers of each forward pass over the whole rollout: the first epoch's microbatches, or wider ones."""
@@ -237,3 +234,15 @@ class Plan:
         weights = torch.stack([weight for weight, _ in chosen])
         total = weights.sum().clamp(min=1.0)
         return {key: (weights * torch.stack([found[key] for _, found in chosen])).sum() / total for key in chosen[0][1]}
+
+
+def _cut(
+    wholes: list[Minibatch], max_over_ranks: Callable[[Tensor], Tensor], device: torch.device
+) -> list[list[Tensor]]:
+    """Row numbers of the microbatches of each, as many of them on all ranks."""
+    cuts = [whole.cut() for whole in wholes]
+    counts = max_over_ranks(torch.tensor([len(parts) for parts in cuts], device=device)).tolist()
+    return [
+        whole.cut_into(count) if count > len(parts) else parts
+        for whole, parts, count in zip(wholes, cuts, counts, strict=True)
+    ]

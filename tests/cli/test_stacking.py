@@ -10,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from lit_rlhf.callbacks import SafeWandbLogger
 from lit_rlhf.commands.train import loggers
 
 
@@ -54,8 +55,10 @@ def test_csv_log_comes_first_and_only_false_turns_it_off() -> None:
     other = WandbLogger(offline=True)
     own = CSVLogger("elsewhere")
     assert [type(one) for one in loggers(None, "runs")] == [CSVLogger]
-    assert [type(one) for one in loggers(other, "runs")] == [CSVLogger, WandbLogger]
-    assert loggers([other, own], "runs") == [own, other]
+    assert [type(one) for one in loggers(other, "runs")] == [CSVLogger, SafeWandbLogger]
+    first, second = loggers([other, own], "runs")
+    assert first is own
+    assert vars(second)["_wandb_init"] is vars(other)["_wandb_init"]
     assert loggers(False, "runs") is False
 
 

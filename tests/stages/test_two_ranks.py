@@ -22,7 +22,7 @@ SAME = {
 def on_two(model_folder, tmp_path_factory) -> dict[str, list]:
     """By stage, weights and metrics after every batch, of each rank; all from one pair of processes."""
     out = tmp_path_factory.mktemp("ranks")
-    names = [*SAME, "ppo", "grpo", "grpo_groups", "sft_skip"]
+    names = [*SAME, "ppo", "grpo", "grpo_groups", "grpo_full", "sft_skip"]
     run_pair(Path(two_ranks.__file__), out, model_folder, str(out), *names)
     return {name: [torch.load(out / f"{name}_{rank}.pt") for rank in range(2)] for name in names}
 
@@ -64,3 +64,13 @@ def test_ranks_leave_out_a_step_together(on_two):
     (one, metrics), (two, other_metrics) = on_two["sft_skip"]
     assert torch.equal(one[-1], two[-1])
     assert metrics[-1]["skipped_updates"] == other_metrics[-1]["skipped_updates"] == 1
+
+
+def test_ranks_halve_their_microbatches_together(model_folder, on_two):
+    """Memory runs out on rank 1 alone, where rank 0 is about to average the gradients."""
+    (one, metrics), (two, other_metrics) = on_two["grpo_full"]
+    alone = two_ranks.train("grpo_full", model_folder, devices=1)
+    assert torch.equal(one[-1], two[-1])
+    torch.testing.assert_close(one[-1], alone.weights[-1], atol=1e-5, rtol=0)
+    assert metrics == other_metrics
+    assert metrics[-1]["updates"] == alone.rows[-1]["updates"] == 2 * 2

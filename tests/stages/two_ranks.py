@@ -31,6 +31,19 @@ class OnceInfinite(SFT):
         return logprobs + infinite, correct, learned
 
 
+class OnceFull(GRPO):
+    """Its memory runs out once, on rank 1 alone, in the last microbatch of the second step."""
+
+    spared = True
+
+    def loss(self, part):
+        found = super().loss(part)
+        if self.global_rank == 1 and self.updates.step == 1 and not self.updates.more and self.spared:
+            self.spared = False
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+
 def shares(whole: Any) -> list:
     """Every second row for each of two ranks, as RankSampler shares them out."""
     rows = [torch.arange(start, len(whole), 2) for start in (0, 1)]
@@ -106,6 +119,8 @@ def build(name: str, folder: str, devices: int) -> tuple[L.LightningModule, list
     elif name == "grpo_groups":  # one silent prompt on each rank in the first batch, two on the first in the second
         batches = [arena.prompts(8).with_(prompts=tuple(f"prompt {tag}{i}" for i in range(8))) for tag in "ab"]
         stage, whole = GRPO(folder, [silent("a0 a1 b0 b2")], **both, updates=updates, groups=4 // devices), batches
+    elif name == "grpo_full":
+        stage = OnceFull(folder, [arena.low_ids], **both, updates=Updates(1, 2, 40, halve_on_oom=True))
     else:
         stage = GRPO(folder, [arena.low_ids], **both, updates=updates)
     return stage, whole, [list(own) for own in zip(*map(shares, whole), strict=True)]
