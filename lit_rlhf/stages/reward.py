@@ -18,6 +18,7 @@ from lit_rlhf.stages.held_out import HeldOut
 from lit_rlhf.stages.memory import explained_backward, explains_memory
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_ranked
+from lit_rlhf.stages.ranks import sum_over_ranks
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.spread import spread
@@ -112,16 +113,12 @@ class RewardModeling(LightningModule):
         total, better, worse = losses.sum(), scores[batch.better], scores[batch.worse]
         self.step_prompts += len(batch)
         self.watch.note(losses)
-        self.log_dict(
-            {
-                "loss": total.detach() / len(batch),
-                "accuracy": (better > worse).float().mean(),
-                "margin": (better - worse).detach().mean(),
-                "chosen_mean": better.detach().mean(),
-                "rejected_mean": worse.detach().mean(),
-            },
-            batch_size=len(batch),
-        )
+        sums = (total, (better > worse).sum(), (better - worse).sum(), better.sum(), worse.sum())
+        prompts, pairs, *totals = sum_over_ranks(self.trainer, *map(total.new_tensor, (len(batch), len(better))), *sums)
+        names = ("loss", "accuracy", "margin", "chosen_mean", "rejected_mean")
+        sizes = (prompts, *[pairs.clamp(min=1)] * 4)
+        means = {name: value / size for name, value, size in zip(names, totals, sizes, strict=True)}
+        self.log_dict(means, batch_size=len(batch))
         return total * self.trainer.accumulate_grad_batches  # Lightning divides by it; the count below is the true one
 
     on_load_checkpoint = greet  # refuses another run's checkpoint, says how far this one had come

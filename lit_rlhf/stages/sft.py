@@ -34,6 +34,7 @@ from lit_rlhf.stages.measure import SHOWN, answer, log_rows
 from lit_rlhf.stages.memory import explained_backward, explains_memory
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
+from lit_rlhf.stages.ranks import sum_over_ranks
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.spread import spread
@@ -122,9 +123,9 @@ class SFT(LightningModule):
         total, count = next_token_loss(logprobs, mask, 1.0), mask.sum()
         self.watch.note(logprobs.where(mask, 0.0).sum(dim=1))
         self.step_tokens += count  # a tensor: asking for its value here would make a GPU wait
-        self.tokens += count
-        mean = total.detach() / count.clamp(min=1)
-        accuracy = (correct & mask).sum() / count.clamp(min=1)
+        loss, right, counted = sum_over_ranks(self.trainer, total.detach(), (correct & mask).sum(), count)
+        self.tokens += counted.long()
+        mean, accuracy = (value / counted.clamp(min=1) for value in (loss, right))
         self.log_dict(
             {"loss": mean, "perplexity": mean.exp(), "token_accuracy": accuracy, "tokens": self.tokens.float()},
             batch_size=len(batch),

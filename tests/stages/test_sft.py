@@ -169,7 +169,7 @@ def test_a_reward_model_judges_and_is_in_no_checkpoint(model_folder, tmp_path):
     assert math.isfinite(run.callback_metrics["val/score"])
     run.save_checkpoint(tmp_path / "sft.ckpt")
     kept = torch.load(tmp_path / "sft.ckpt", weights_only=True)["state_dict"]
-    assert {key.split(".")[0] for key in kept} == {"policy", "tokens", "skipped_updates"}
+    assert {key.split(".")[0] for key in kept} == {"policy", "tokens", "skipped_updates", "skipped_in_a_row"}
     assert SFT.load_from_checkpoint(tmp_path / "sft.ckpt").rewards is None
 
 

@@ -10,7 +10,10 @@ from pair import run_pair
 from stages import sharded
 
 TOLERANCE = 2e-7  # of a weight; one step of Adam moves it by 1e-3
-ALIKE = ("objective/scores", "objective/kl", "policy/grad_norm", "critic/grad_norm", "pretraining/loss")
+ALIKE = (
+    *("objective/scores", "objective/kl", "policy/grad_norm", "critic/grad_norm", "pretraining/loss"),
+    *("loss", "token_accuracy", "tokens", "accuracy", "margin", "chosen_mean"),
+)
 
 
 @pytest.fixture(scope="module")
