@@ -47,7 +47,7 @@ def to_resume_from(asked: str | None, folders: Iterable[Path]) -> str | None:
     if asked is None or asked in ("best", "hpc") or "://" in asked or asked.startswith("registry:"):
         return asked
     path = Path(asked)
-    if path.is_dir():  # a sharded one: its strategy reads it
+    if (path / ".metadata").is_file():  # a sharded one: its strategy reads it
         return asked
     if asked != "last" and path.name != "last.ckpt":
         return _named(path)

@@ -14,6 +14,7 @@ from lit_rlhf.batch import Pairs
 from lit_rlhf.data import chat, columns, sources
 from lit_rlhf.data.loader import SeekableData
 from lit_rlhf.data.mixture import Sources
+from lit_rlhf.data.readable import readable
 from lit_rlhf.data.sft import pad_right
 
 
@@ -82,6 +83,8 @@ class PreferenceData(SeekableData):
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, seed=seed, num_workers=num_workers)
         self.save_hyperparameters(logger=False)
+
+    on_before_batch_transfer = readable
 
     def encode(self, rows: sources.Rows) -> list[Ranked]:
         """Check, render and tokenise the rows."""

@@ -16,6 +16,7 @@ from lit_rlhf.data import chat, columns, sources
 from lit_rlhf.data.loader import SeekableData, SeekableLoader, rank_of
 from lit_rlhf.data.mixture import Mixture, Sources, sources_of, stack
 from lit_rlhf.data.pretraining import PretrainingStream, pieces_of
+from lit_rlhf.data.readable import readable
 
 RESERVED = ("prompts", "completions", "completion_ids")  # what every reward is called with beside the columns
 
@@ -88,6 +89,8 @@ class PromptData(SeekableData):
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, seed=seed, num_workers=num_workers)
         self.save_hyperparameters(logger=False)
         self._stream: PretrainingStream | None = None
+
+    on_before_batch_transfer = readable
 
     def encode_beside(self) -> None:
         """Tokenise the pretraining texts."""

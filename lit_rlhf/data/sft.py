@@ -12,6 +12,7 @@ from lit_rlhf.batch import Examples
 from lit_rlhf.data import chat, columns, sources
 from lit_rlhf.data.loader import SeekableData
 from lit_rlhf.data.mixture import Sources
+from lit_rlhf.data.readable import readable
 
 Encoded = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # token ids, which of them are learned
 
@@ -83,6 +84,8 @@ class SFTData(SeekableData):
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, seed=seed, num_workers=num_workers)
         self.save_hyperparameters(logger=False)
+
+    on_before_batch_transfer = readable
 
     def encode(self, rows: sources.Rows) -> list[Encoded]:
         """Check, render and tokenise the rows."""

@@ -23,6 +23,7 @@ from lit_rlhf.models.packing import packed_next_token_logprobs
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
 from lit_rlhf.models.sharding import gathered, is_sharded, reshard, shard, unsharded_trainables
 from lit_rlhf.models.sharing import can_share
+from lit_rlhf.models.tokens import refuse_unreadable
 from lit_rlhf.models.trunk import new_value_head, policy_and_values
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "next_token_logprobs",
     "packed_next_token_logprobs",
     "policy_and_values",
+    "refuse_unreadable",
     "reshard",
     "response_values",
     "save_folder",

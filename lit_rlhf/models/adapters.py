@@ -48,7 +48,16 @@ def inject_adapters(model: Any, lora: Lora, *, task: str, seed: int = 0) -> None
     training = model.training
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+        try:
+            inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+        except ValueError as error:
+            linear = (
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, (nn.Linear, Conv1D))
+            )
+            known = ", ".join(sorted(set(linear)))
+            raise ValueError(f"lora.targets={lora.targets}: {error}. Linear layers of this model: {known}") from None
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # peft follows the base; small steps would be lost in half precision
             parameter.data = parameter.data.float()

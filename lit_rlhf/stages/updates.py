@@ -14,6 +14,7 @@ from lit_rlhf.batch import Examples, Rollout
 from lit_rlhf.models.groups import cut_groups
 from lit_rlhf.models.lengths import cut_by_length, padded_tokens, pass_tokens
 from lit_rlhf.models.prefix import number_rows
+from lit_rlhf.ranges import check_number
 
 TermT = TypeVar("TermT")
 
@@ -39,6 +40,13 @@ class Updates:
     micro_batch_tokens: int | None = 16_384
     target_kl: float | None = None
     sampler_gap: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches"):
+            check_number(f"updates.{name}", getattr(self, name), least=1, whole=True)
+        check_number("updates.micro_batch_tokens", self.micro_batch_tokens, least=1, whole=True, null=True)
+        check_number("updates.target_kl", self.target_kl, above=0, null=True)
+        check_number("updates.sampler_gap", self.sampler_gap, least=0)
 
 
 @dataclass
