@@ -194,7 +194,9 @@ def encode_rows(
         except Dropped as reason:
             dropped[str(reason)] += 1
         except ValueError as error:
-            raise DataError(f"{rows.place(i)}: {error}") from error
+            said = str(error)  # which may hold the row's own words, however many
+            said = said if len(said) < 600 else f"{said[:400]} … {said[-100:]}"
+            raise DataError(f"{rows.place(i)}: {said}") from error
     lost = sum(dropped.values())
     why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if lost > max_dropped * len(rows):

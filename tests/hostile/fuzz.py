@@ -87,7 +87,9 @@ class Fuzz:
             except Exception as error:
                 ended = "fault"
                 last = traceback.extract_tb(error.__traceback__)[-1]
-                self.faults.append(f"round {number}, {target}: {type(error).__name__}: {error} ({last.filename})")
+                self.faults.append(
+                    f"round {number}, {target}: {type(error).__name__}: {str(error)[:300]} ({last.filename})"
+                )
                 shutil.rmtree(self.folder / f"fault{number}", ignore_errors=True)
                 if (self.folder / "case").exists():
                     shutil.copytree(self.folder / "case", self.folder / f"fault{number}")

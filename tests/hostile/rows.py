@@ -128,6 +128,12 @@ ROWS = [
         knobs={"chat_template": "{% for m in messages %}{{ 'a' + (m.tool_calls or 'b') }}{% endfor %}"},
     ),
     Row("user last", "chat", {"messages": [ANSWERED, ASKED]}, "the last message is from 'user', not from the assist"),
+    Row(
+        "a role of 10,000 letters",
+        "chat",
+        {"messages": message(role="x" * 10_000, content="4")},
+        "no token of it would",
+    ),
     Row("tool last", "chat", {"messages": message(role="tool", content="4")}, "the last message is from 'tool'"),
     Row("assistant alone", "chat", {"messages": [ANSWERED]}, "nothing stands before the assistant's turn"),
     Row(
