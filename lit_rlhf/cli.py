@@ -129,15 +129,19 @@ def told(error: Exception, training: bool) -> bool:
 
     from lit_rlhf.checkpoints import CheckpointError
     from lit_rlhf.data import DataError
+    from lit_rlhf.ranges import SettingError
 
     wandb = sys.modules.get("wandb")  # no key, no login: it says itself what to do
     door = (
         DataError,
+        SettingError,
         CheckpointError,
         FileNotFoundError,
         MisconfigurationException,
         *((wandb.errors.UsageError,) if wandb else ()),
     )
+    if isinstance(error, OSError) and error.filename is not None:  # a file or folder that the system refuses
+        return True
     return isinstance(error, door) or (type(error) is ValueError and not training)
 
 

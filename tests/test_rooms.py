@@ -15,17 +15,20 @@ import lit_rlhf
 PACKAGE = Path(lit_rlhf.__file__).parent
 
 # What each room may import of the other rooms; every room may import itself.
-BELOW_STAGES = {"batch", "checkpoints", "checkpoint_parts", "objectives", "models", "rollout", "rewards", "data"}
+BELOW_STAGES = {
+    *("batch", "checkpoints", "checkpoint_parts", "ranges", "objectives", "models", "rollout", "rewards", "data")
+}
 ROOMS: dict[str, set[str]] = {
     "__init__": BELOW_STAGES | {"stages"},
     "batch": set(),
     "checkpoints": set(),
     "checkpoint_parts": {"checkpoints", "models"},
     "strategies": {"checkpoint_parts", "models"},
+    "ranges": set(),
     "objectives": {"batch"},
-    "models": {"batch", "objectives"},
-    "data": {"batch", "models"},
-    "rollout": {"batch", "objectives", "models"},
+    "models": {"batch", "objectives", "ranges"},
+    "data": {"batch", "models", "ranges"},
+    "rollout": {"batch", "objectives", "models", "ranges"},
     "rewards": {"batch", "objectives", "models"},
     "metrics": {"batch", "objectives"},
     "stages": BELOW_STAGES | {"metrics", "strategies"},
@@ -49,7 +52,7 @@ LIBRARIES: dict[str, set[str]] = {
     "vaderSentiment": {"rewards"},
     "requests": {"rewards"},
 }
-ONLY_TORCH = {"batch", "checkpoints", "objectives"}
+ONLY_TORCH = {"batch", "checkpoints", "objectives", "ranges"}
 
 
 def imported(source: str, module: str) -> Iterator[tuple[int, str]]:

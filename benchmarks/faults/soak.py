@@ -5,9 +5,9 @@
 A run is killed again and again until it ends by itself, so one may be struck several times. The moments: any (SIGKILL
 after a random time), while tokens are sampled, before responses are scored, within a rollout after some of its updates,
 in a save (before the file is on the disk, before it has its name, before the link is moved), in the export, and SIGTERM
-and SIGUSR1, after which a checkpoint is due. Every step is
-saved, so a kill costs the step at hand, or with a save that it cuts off the one before as well. Prints what was struck,
-how often, and what was lost: saves cut off, links that point to nothing whole, damaged files, ends that differ.
+and SIGUSR1, after which a checkpoint is due. Every step is saved, so a kill costs the step at hand, or with a save that
+it cuts off the one before as well. Prints what was struck, how often, and what was lost: saves cut off, links that
+point to nothing whole, damaged files, ends that differ (weights, moments, schedule, place in the data, exported files).
 """
 
 from __future__ import annotations
@@ -116,8 +116,11 @@ class Soak:
         started = time.monotonic()
         whole = self.finish(self.folder / f"{self.stage}-whole")
         self.seconds, struck, root = time.monotonic() - started, 0, self.folder / self.stage
+        moments = [*MOMENTS, *(IN_ROLLOUTS if self.stage in ("ppo", "grpo") else ())]
+        deck: list[str] = []
         while struck < strikes:
-            moment = self.draw.choice([*MOMENTS, *(IN_ROLLOUTS if self.stage in ("ppo", "grpo") else ())])
+            deck = deck or self.draw.sample(moments, len(moments))  # each as often as the others
+            moment = deck.pop()
             code = self.strike(root, moment)
             struck += code != 0
             self.table.add(self.stage, moment, **({"struck": 1, **damage(root)} if code else {"missed": 1}))

@@ -18,6 +18,8 @@ class ExportFolder(Callback):
     """
 
     def __init__(self, folder: str | None = None, merge: bool = True) -> None:
+        if folder is not None and Path(folder).is_file():
+            raise ValueError(f"export.folder is {folder}, which is a file: name a folder")
         self.folder, self.merge = folder, merge
         self._is_done = False
 

@@ -36,6 +36,8 @@ class Preemption(Callback):
         known = signal.Signals.__members__
         if unknown := [name for name in signals if name not in known]:
             raise ValueError(f"preemption.signals: no signal {', '.join(unknown)} here; for instance SIGTERM, SIGUSR1")
+        if deaf := [name for name in signals if name in ("SIGKILL", "SIGSTOP")]:
+            raise ValueError(f"preemption.signals: no process is told of {', '.join(deaf)}; take SIGTERM or SIGUSR1")
         self.signals = [known[name] for name in signals]
         self._received = 0
         self._leaving = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lit_rlhf
+from lit_rlhf.ranges import SettingError
 
 
 def config_folder() -> Path:
@@ -29,9 +30,18 @@ def resolve_configs(args: list[str]) -> list[str]:
         if at < len(args):
             name = name or args[at]
             shipped = config_folder() / name
+            _check_text(Path(name))
             if not Path(name).exists() and shipped.is_file():
                 resolved[at] = f"{flag}={shipped}" if at == i else str(shipped)
     return resolved
+
+
+def _check_text(path: Path) -> None:
+    try:
+        if path.is_file():
+            path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingError(f"config {path}: expected YAML as UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def configs() -> None:

@@ -15,6 +15,7 @@ from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.data import PromptData
 from lit_rlhf.data.chat import encode_prompt, prompt_text
 from lit_rlhf.models import Network, load_causal, load_tokenizer
+from lit_rlhf.ranges import check_number, check_seed
 from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages.seeds import seed_for
 
@@ -42,6 +43,8 @@ def one_prompt(text: str, tokenizer: Any, chat: bool) -> Prompts:
     """
     prompt = [{"role": "user", "content": text}] if chat else text
     ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    if not ids.numel():
+        raise ValueError("prompt has no tokens, so there is nothing to continue")
     return Prompts(ids, torch.ones_like(ids, dtype=torch.bool), (prompt,))
 
 
@@ -63,7 +66,13 @@ def load_policy(model: str, network: Network, device: str) -> Any:
         device: "auto" (a GPU if there is one), "cpu", "cuda:1" …
     """
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_causal(model, network).requires_grad_(False).eval().to(auto if device == "auto" else device)
+    policy = load_causal(model, network).requires_grad_(False).eval()
+    try:
+        return policy.to(auto if device == "auto" else device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}: {error}; expected auto, cpu, cuda, cuda:1 …") from error
 
 
 def generate(
@@ -107,6 +116,8 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
+    check_number("samples", samples, least=1, whole=True)
+    check_seed("seed", seed)
     tokenizer = load_tokenizer(model, trust_remote_code=network.trust_remote_code)
     if prompts is None:
         batches = iter([one_prompt(str(prompt), tokenizer, chat)])

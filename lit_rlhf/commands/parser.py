@@ -21,6 +21,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser
 
 from lit_rlhf.commands.configs import config_folder
+from lit_rlhf.commands.yaml_loader import MODE
 
 BRANCH = re.compile(r'Parser key "(?P<key>[^"]+)":')
 CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)'|class_path='(?P<inner>[\w.]+)'")
@@ -30,7 +31,8 @@ NO_OPTION = re.compile(
     r"(?P<key>[\w.+-]+?)(?:'|=|\s|$)"
 )
 NOT_SAID = re.compile(
-    r"Does not validate|Subtypes:|Errors:$|Given value|Expected a <class 'NoneType'>|Expected a path but"
+    r"Does not validate|Subtypes:|Errors:$|Given value|Expected a <class 'NoneType'>|Expected a path but|"
+    r"Subclass types expect one of|a class path \(str\)|a dict with"
 )
 
 CONFIG_HINT = (
@@ -97,6 +99,25 @@ def options(owner: str, parts: list[str]) -> list[str]:
     return [name for name in inspect.signature(kind).parameters if name != "self"]
 
 
+def check_groups(section: str, owner: str, values: typing.Mapping[str, typing.Any]) -> None:
+    """Refuse a list, text or number where a class has a group of settings; jsonargparse lets a list through.
+
+    Args:
+        section: where the class is configured, for the error.
+        owner: import path of the class.
+        values: its arguments, as they were parsed.
+
+    Raises:
+        ValueError: names the argument, what it got and the group's keys.
+    """
+    for name, value in values.items():
+        known = options(owner, [name])
+        if known and isinstance(value, (list, tuple, str, int, float)):
+            raise ValueError(
+                f"{section}.{name}: expected keys with values ({', '.join(known)}), got {str(value)[:40]!r}"
+            )
+
+
 def nearest(key: str, known: list[str]) -> str:
     """Words that name what may have been meant; empty if nothing is near."""
     close = difflib.get_close_matches(key, known, n=2, cutoff=0.55)
@@ -109,12 +130,20 @@ def _plain(text: str) -> str:
         r"Type collections\.abc\.Callable\S* (?:typing\.Any\] )?expects a function or a callable class: ", "", text
     )
     text = re.sub(r"Expected a <class '(?:\w+\.)*(\w+)'>", r"expected \1", text)
+    text = re.sub(r"'(\w+)' object has no attribute '\w+'", r"expected keys with values, got a \1", text)
+    text = re.sub(r"Not a valid subclass of (\w+)", r"expected class_path (a \1) and init_args", text)
+    text = re.sub(
+        r"argument of type '(\w+)' is not .+", r"expected a dotted path as class_path, got a value of type \1", text
+    )
     text = re.sub(r"Expected a (?:typing\.)?Literal\[(.+?)\]", r"expected one of \1", text)
     return text.rstrip(". ")
 
 
 class FriendlyParser(ArgumentParser):
     """jsonargparse's parser with short errors: the key, what is wrong with it, the nearest right one; exit code 2."""
+
+    def __init__(self, *args: typing.Any, **kwargs: typing.Any) -> None:
+        super().__init__(*args, **{"parser_mode": MODE, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Explain what is wrong, and exit."""

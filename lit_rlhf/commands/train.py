@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -30,7 +31,7 @@ from lit_rlhf.callbacks import (
     Throughput,
 )
 from lit_rlhf.commands.configs import resolve_configs
-from lit_rlhf.commands.parser import FriendlyParser
+from lit_rlhf.commands.parser import FriendlyParser, check_groups
 from lit_rlhf.commands.resume import folders_of, to_resume_from
 from lit_rlhf.models import without_weights
 
@@ -97,9 +98,18 @@ class CLI(LightningCLI):
         kwargs["ckpt_path"] = to_resume_from(asked, folders_of(self.trainer))
         return kwargs
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            self._parser(self.subcommand).error(f"seed_everything: {error}", error)
+
     def instantiate_classes(self) -> None:
         """Build stage, data and Trainer; a setting that one of them refuses is the user's to change."""
         try:
+            for section in ("model", "data"):
+                given = self._get(self.config, section)
+                check_groups(section, given.class_path, vars(given.get("init_args") or {}))
             with without_weights() if self._shards() else nullcontext():
                 super().instantiate_classes()
         except ValueError as error:
@@ -114,7 +124,12 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a CSV log, first among the loggers: its folder is the run's."""
         settings = self._get(self.config_init, "trainer")
-        return super().instantiate_trainer(logger=loggers(settings.logger, settings.default_root_dir), **kwargs)
+        if Path(settings.default_root_dir).is_file():
+            raise ValueError(f"trainer.default_root_dir is {settings.default_root_dir}, which is a file: name a folder")
+        try:
+            return super().instantiate_trainer(logger=loggers(settings.logger, settings.default_root_dir), **kwargs)
+        except TypeError as error:  # Lightning's word for some wrong values
+            raise ValueError(f"trainer: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out the sections that the Trainer's own switches, or the user's callbacks, stand against."""

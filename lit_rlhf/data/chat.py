@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_rlhf.data.files import DataError
 from lit_rlhf.data.templates import Message, assistant_spans, render, split_render, template
 
 Prompt = str | list[Message]
@@ -21,20 +22,25 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     if not Path(name).expanduser().is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise ValueError(f"tokenizer: the folder {name} does not exist (seen from {Path.cwd()})")
-    return AutoTokenizer.from_pretrained(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
+        raise DataError(f"tokenizer: the folder {name} does not exist (seen from {Path.cwd()})")
+    folder = Path(name).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:  # whatever the hub, transformers and tokenizers raise: say it in one line
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"tokenizer: {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 def find_tokenizer(name: str | None, trainer: Any) -> Any:
     """The tokenizer called ``name``, or else the one of the module that ``trainer`` runs; it must fit that module."""
     theirs = getattr(getattr(trainer, "lightning_module", None), "tokenizer", None)
     if name is None and theirs is None:
-        raise ValueError("no tokenizer: set the data module's tokenizer, or use it with a module that has .tokenizer")
+        raise DataError("no tokenizer: set the data module's tokenizer, or use it with a module that has .tokenizer")
     if name is None:
         return theirs
     tokenizer = load_tokenizer(name)
     if theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"the tokenizer {name} has other tokens than the model's own; leave the data's tokenizer out")
+        raise DataError(f"the tokenizer {name} has other tokens than the model's own; leave the data's tokenizer out")
     return tokenizer
 
 

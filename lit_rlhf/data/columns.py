@@ -12,6 +12,7 @@ from lit_rlhf.data.files import DataError
 from lit_rlhf.data.sources import nearest
 from lit_rlhf.data.templates import Message
 
+LARGEST = 3.4028234663852886e38  # of float32, in which margins are held
 FIX = "fill it or remove the row"
 
 
@@ -39,7 +40,8 @@ def messages_of(row: dict[str, Any], column: str) -> list[Message]:
         message = {key: field for key, field in message.items() if field is not None}
         if not isinstance(message.get("role"), str):
             raise _wrong(column, f'message {number} to have a "role" (user, assistant, system …)', message)
-        if not isinstance(message.get("content"), str) and "tool_calls" not in message:
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and "tool_calls" in message):
             raise _wrong(column, f'message {number} to have text as its "content"', message)
         messages.append(message)
     return messages
@@ -65,7 +67,7 @@ def completion_of(row: dict[str, Any], column: str, *, empty: bool = False) -> P
 def number_of(row: dict[str, Any], column: str) -> float:
     """The finite number in ``column``."""
     value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise _wrong(column, "a finite number", value)
     return float(value)
 

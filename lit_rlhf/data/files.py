@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import gzip
-import json
 import re
+import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from lit_rlhf.data.texts import DataError, not_utf8, read_csv, read_json
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
-
-
-class DataError(ValueError):
-    """What is wrong with a source or a row, where it stands, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,11 @@ class Rows:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return self.items[int(self.index[i])]
+        number = int(self.index[i])
+        try:
+            return self.items[number]
+        except Exception as error:  # a column file decodes its rows when they are asked for
+            raise DataError(f"{self.place(i)}: the row cannot be read: {type(error).__name__}: {error}") from error
 
     def place(self, i: int) -> str:
         """Where row ``i`` stands, for people: "pairs.jsonl, line 12"."""
@@ -82,9 +83,11 @@ def read_file(path: Path) -> Part:
     try:
         opened = gzip.open if name.endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows, lines = _read_csv(file, path) if ".csv" in name else _read_json(file, path)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+            rows, lines = read_csv(file, path) if ".csv" in name else read_json(file, path)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, opened, error) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; is the file complete?") from error
     return Part(str(path), rows, lines, list(dict.fromkeys(key for row in rows for key in row)))
 
 
@@ -92,12 +95,18 @@ def read_saved(path: Path, source: str, split: str) -> Rows:
     """Read a folder that ``datasets`` wrote with save_to_disk."""
     import datasets
 
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever it raises over files that are damaged, missing or of another kind
+        raise DataError(
+            f"{path} cannot be read as a data set that was saved to disk: {type(error).__name__}: {error}"
+        ) from error
+    name = str(path)
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(f'{path} has no split "{split}"; it has {", ".join(saved)}')
-        saved = saved[split]
-    return join(source, [Part(str(path), saved, None, saved.column_names)])
+        name, saved = f"{path} ({split})", saved[split]
+    return join(source, [Part(name, saved, None, saved.column_names)])
 
 
 def read_hub(source: str, split: str) -> Rows:
@@ -124,6 +133,8 @@ def looks_like_path(source: str) -> bool:
 
 def missing_path(path: Path) -> DataError:
     """The error for a path that is not there, with what stands near it."""
+    if path.exists():
+        raise DataError(f"{path} is neither a file nor a folder (a device, a pipe): name one of them")
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     message = f"{path} does not exist (seen from {Path.cwd()})"
     if parent != path.absolute().parent:
@@ -144,62 +155,12 @@ def files_of(folder: Path, split: str) -> list[Path]:
     raise DataError(f'{folder} has no file of split "{split}"; it holds {", ".join(f.name for f in files[:8])}')
 
 
-def _read_json(file: TextIO, path: Path) -> tuple[list[dict[str, Any]], list[int] | None]:
-    """Objects a line, or one list of objects (then rows are counted, not lines)."""
-    first = next((line for line in file if line.strip()), "")
-    file.seek(0)
-    if first.lstrip().startswith("["):
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-        for number, row in enumerate(rows, start=1):
-            _object(row, f"{path}, row {number}")
-        return rows, None
-    numbered = list(_json_lines(file, path))
-    return [row for _, row in numbered], [number for number, _ in numbered]
-
-
-def _json_lines(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: expected one JSON object a line (or one list of them): {error.msg}"
-            ) from error
-        yield number, _object(row, f"{path}, line {number}")
-
-
-def _object(row: Any, place: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected a JSON object with named columns, got {type(row).__name__}")
-    return row
-
-
-def _read_csv(file: TextIO, path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rows under the header's names; every value stays text."""
-    reader = csv.DictReader(file)
-    rows, lines = [], []
-    for row in reader:
-        if None in row:
-            raise DataError(
-                f"{path}, line {reader.line_num}: has more fields than the header; quote fields with commas"
-            )
-        rows.append(row)
-        lines.append(reader.line_num)
-    return rows, lines
-
-
 def _read_parquet(path: Path) -> Part:
     import datasets
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
     try:
         table = datasets.Dataset(parquet.read_table(path))
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # whatever the two raise over a file that is damaged or of another kind
+        raise DataError(f"{path} cannot be read as Parquet: {type(error).__name__}: {error}") from error
     return Part(str(path), table, None, table.column_names)

@@ -28,6 +28,7 @@ from lit_rlhf.data.reach import Reach
 from lit_rlhf.data.shares import RankSampler, Rounds, collate_numbered
 from lit_rlhf.data.sources import load_split
 from lit_rlhf.data.templates import set_template
+from lit_rlhf.ranges import check_number, check_seed
 
 _SIZES = ("batch_size", "val_batch_size", "pretraining_batch_size", "max_length", "max_prompt_length")
 _COUNTS = (*_SIZES, "limit", "val_limit", "prompt_words")
@@ -188,6 +189,9 @@ class SeekableData(L.LightningDataModule):
         for name in _COUNTS:
             if (value := self.knobs.get(name)) is not None and value < 1:
                 raise DataError(f"{name} must be at least 1, got {value}")
+        check_number("data.max_dropped", self.knobs.max_dropped, least=0, most=1)
+        check_number("data.num_workers", self.knobs.num_workers, least=0, whole=True)
+        check_seed("data.seed", self.knobs.seed)
 
     def _loader(self, kind: Any, rows: Sequence[Any], sampler: RankSampler, batch_size: int) -> Any:
         pad = padding_id(self.tokenizer)

@@ -51,7 +51,10 @@ class Reach:
             room -= self.response
             name = f"what the model's {self.positions} positions leave beside sampling.max_new_tokens={self.response}"
         if room < 1:
-            raise DataError(f"{name} is {room}: no prompt fits; lower sampling.max_new_tokens")
+            raise DataError(
+                f"sampling.max_new_tokens={self.response}, but the model has {self.positions} positions: no prompt fits "
+                "beside so long a response; lower it"
+            )
         return (room, name) if room < longest else (longest, knob)
 
     def check(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -45,8 +45,14 @@ def load_rows(source: str, split: str = "train") -> Rows:
     Raises:
         DataError: nothing is there, it cannot be read, or it has no rows.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, no such user's home
+        raise DataError(f"{source[:200]!r} cannot be a path: {getattr(error, 'strerror', None) or error}") from None
+    if not source.strip():
+        raise DataError(f"expected a file, a folder or a hub id, got {source!r}")
+    if is_file:
         rows = join(source, [read_file(path)])
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         rows = read_saved(path, source, split)
@@ -94,10 +100,13 @@ def load_split(
         held_out = load_sources(val, val_split or split, knob="val")
     elif val_split is not None:
         held_out = load_sources(train, split, knob="train", over=val_split)
+        for part, other in zip(unstack(rows), unstack(held_out), strict=True):
+            if part.place(0) == other.place(0):  # a file, or a folder whose files are not named by split
+                raise DataError(f'{part.source} has no split "{val_split}" of its own; name val, or set val_fraction')
     if held_out is not None:
         if split_by is not None:
             _check_apart(rows, held_out, split_by)
-    elif val_fraction > 0:
+    elif val_fraction != 0:
         rows, held_out = split_rows(rows, fraction=val_fraction, split_by=split_by, seed=seed)
     empty = next((part for part in unstack(rows) if not len(part)), None)
     if empty is not None:
@@ -186,7 +195,9 @@ def encode_rows(
         except Dropped as reason:
             dropped[str(reason)] += 1
         except ValueError as error:
-            raise DataError(f"{rows.place(i)}: {error}") from error
+            said = str(error)  # which may hold the row's own words, however many
+            said = said if len(said) < 600 else f"{said[:400]} … {said[-100:]}"
+            raise DataError(f"{rows.place(i)}: {said}") from error
     lost = sum(dropped.values())
     why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if lost > max_dropped * len(rows):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lit_rlhf.data.files import DataError
+
 Message = dict[str, Any]
 Span = tuple[int, int]  # characters [start, end) of a rendered conversation
 
@@ -32,9 +34,24 @@ def set_template(tokenizer: Any, chat_template: str | None) -> None:
     elif "{" in chat_template:
         tokenizer.chat_template = chat_template
     elif Path(chat_template).expanduser().is_file():
-        tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"chat_template: {chat_template} cannot be read as text: {error}") from None
     else:
-        raise ValueError(f'chat_template: expected "dialogue", Jinja text or an existing file, got {chat_template!r}')
+        raise DataError(f'chat_template: expected "dialogue", Jinja text or an existing file, got {chat_template!r}')
+    _check_syntax(tokenizer)
+
+
+def _check_syntax(tokenizer: Any) -> None:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise DataError(f"chat_template, line {error.lineno}: {error.message}; expected a Jinja template") from None
+    except Exception:  # it is asked again with the rows' own messages
+        return
 
 
 def template(tokenizer: Any) -> str:
@@ -56,6 +73,10 @@ def render(tokenizer: Any, messages: list[Message], *, generation: bool = False)
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
     except TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program, and not ours
+        raise ValueError(
+            f"the chat template fails on these messages: {type(error).__name__}: {error}; mend it or them"
+        ) from error
 
 
 def split_render(tokenizer: Any, prompt: list[Message], turns: list[Message]) -> tuple[str, str]:

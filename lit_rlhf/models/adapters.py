@@ -49,7 +49,16 @@ def inject_adapters(model: Any, lora: Lora, *, task: str, seed: int = 0) -> None
     )
     training = model.training
     with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(settings, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_deferred(model))
+        try:
+            inject_adapter_in_model(settings, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_deferred(model))
+        except ValueError as error:
+            linear = (
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, (nn.Linear, Conv1D))
+            )
+            known = ", ".join(sorted(set(linear)))
+            raise ValueError(f"lora.targets={lora.targets}: {error}. Linear layers of this model: {known}") from None
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # peft follows the base; small steps would be lost in half precision

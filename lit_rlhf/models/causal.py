@@ -11,13 +11,10 @@ from torch import Tensor
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import has_adapters, inject_adapters, merged_state, save_adapters
-from lit_rlhf.models.foreign import announce_code
 from lit_rlhf.models.logprobs import Chosen
 from lit_rlhf.models.network import (
     Lora,
     Network,
-    hub_errors,
-    is_path,
     load_config,
     load_weights,
     quiet,
@@ -26,6 +23,8 @@ from lit_rlhf.models.network import (
 from lit_rlhf.models.output import chosen_after, chosen_tokens, head_inputs
 from lit_rlhf.models.prefix import Shared, read_shared, shared_prompts
 from lit_rlhf.models.sharing import can_share
+from lit_rlhf.models.tokens import load_tokenizer, stop_ids
+from lit_rlhf.ranges import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,37 +40,6 @@ __all__ = [
     "token_logprobs",
     "write_folder",
 ]
-
-
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can pad, with its end token if need be: masks come from lengths and never from ids.
-
-    Args:
-        name: folder or hub id.
-        trust_remote_code: run Python code that comes with it.
-
-    Raises:
-        FileNotFoundError: no tokenizer there.
-        ValueError: it has neither a padding nor an end token.
-    """
-    from transformers import AutoTokenizer
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    if is_path(name):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no such tokenizer folder: {name}")
-        if not any(folder.glob("token*")):
-            raise FileNotFoundError(f"{name} has no tokenizer.json; name a folder that has one as tokenizer")
-    with hub_errors(name, "tokenizer"), quiet():
-        if trust_remote_code:
-            announce_code(name, None, get_tokenizer_config(name), "tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {name} has neither a pad token nor an eos token: give it one of them")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_causal(name: str, network: Network | None = None, *, seed: int = 0) -> PreTrainedModel:
@@ -99,17 +67,6 @@ def load_causal(name: str, network: Network | None = None, *, seed: int = 0) -> 
     if network.lora is not None:
         inject_adapters(model, network.lora, task="CAUSAL_LM", seed=seed)
     return model
-
-
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Give the ids of all tokens that end a response: those of the model's generation config and the tokenizer's.
-
-    Chat models name several. Empty if neither names one.
-    """
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = set(named if isinstance(named, (list, tuple)) else [named])
-    ids.add(getattr(tokenizer, "eos_token_id", None))
-    return tuple(sorted(int(i) for i in ids if i is not None))
 
 
 def _read(model: Any, ids: Tensor, mask: Tensor, asked: Tensor, **ask: Any) -> tuple[tuple[Tensor, Tensor], Chosen]:
@@ -146,7 +103,7 @@ def response_tokens(
         hidden: also the states that the head reads.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
+        raise SettingError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
     ask = {"temperature": temperature, "entropy": entropy}
     shared = shared_prompts(rollout)
     if shared is not None and can_share(model):
@@ -218,7 +175,12 @@ def write_folder(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: 
         model: a transformers model, possibly with adapters, possibly sharded.
         tokenizer: written beside it; None leaves it out.
         folder: made if missing.
+
+    Raises:
+        NotADirectoryError: a file stands there.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():  # transformers would merely log it and write nothing
+        raise NotADirectoryError(f"{folder} is a file: name a folder to export to")
     write = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     state = merged_state(model, keep=write)
     if not write:

@@ -15,6 +15,7 @@ from lit_rlhf.models.deferred import build_empty
 from lit_rlhf.models.foreign import announce_code
 from lit_rlhf.models.kernels import apply_liger
 from lit_rlhf.models.noise import add_residual_dropout
+from lit_rlhf.ranges import check_number
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -39,6 +40,11 @@ class Lora:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"lora.r is {self.r}: the rank must be at least 1 (leave lora out to train all weights)")
+        check_number("lora.r", self.r, least=1, whole=True)
+        check_number("lora.alpha", self.alpha, above=0)  # at 0 the adapters would change nothing
+        check_number("lora.dropout", self.dropout, least=0, below=1)
+        if self.targets is not None and not self.targets:
+            raise ValueError("lora.targets is an empty list: name layers, or leave it out to adapt every linear layer")
 
 
 @dataclass
@@ -118,8 +124,8 @@ def check_folder(name: str) -> None:
     if not is_path(name):
         return
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such model folder: {name}")
+    if not name.strip() or not folder.is_dir():
+        raise FileNotFoundError(f"no such model folder: {name or repr(name)}")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(f"{name} holds only adapters; name a folder with the whole model (export with merge=True)")
@@ -147,6 +153,13 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
         raise FileNotFoundError(f"found no {what} named {name!r} {place}: {reason[:300]}") from None
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} cannot be read ({error}): is the download complete?") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever transformers and tokenizers raise over files that they cannot make sense of
+        reason = " ".join(str(error).split())
+        if len(reason) > 400:  # what to do tends to stand at the end
+            reason = f"{reason[:200]} … {reason[-200:]}"
+        raise ValueError(f"the {what} {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 def _set_dropout(config: Any, probability: float) -> None:
@@ -169,8 +182,28 @@ def load_config(name: str, network: Network) -> Any:
         config = AutoConfig.from_pretrained(
             name, revision=network.revision, trust_remote_code=network.trust_remote_code
         )
+    kinds = config.architectures or []
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ValueError(f"config.json of {name}: architectures is {kinds!r}; expected a list of class names")
     _set_dropout(config, network.dropout)
     return config
+
+
+def _load_whole(auto_class: Any, name: str, config: Any, settings: dict[str, Any]) -> tuple[Any, set[str]]:
+    model, report = auto_class.from_pretrained(
+        name,
+        config=config,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        **settings,
+    )
+    for key, of_file, of_config in sorted(report["mismatched_keys"])[:1]:
+        raise ValueError(
+            f"the weights of {name} do not fit its config.json: {key} is {list(of_file)} in the files, "
+            f"{list(of_config)} by the config"
+        )
+    return model, set(report["missing_keys"])
 
 
 def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed: int) -> tuple[Any, set[str]]:
@@ -198,10 +231,7 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
         if empty is not None:
             model, missing = empty
         else:
-            model, report = auto_class.from_pretrained(
-                name, config=config, use_safetensors=True, output_loading_info=True, **settings
-            )
-            missing = set(report["missing_keys"])
+            model, missing = _load_whole(auto_class, name, config, settings)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = float(network.dropout)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_rlhf.models.noise import embedding_noise
 from lit_rlhf.models.output import chosen_tokens
+from lit_rlhf.ranges import SettingError
 
 
 def pack_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -115,7 +116,7 @@ def _refuse_leaks(network: Any) -> None:
     if network not in _LEAKS:
         _LEAKS[network] = _leaks(network)
     if _LEAKS[network]:
-        raise ValueError(
+        raise SettingError(
             f"packing: {type(network).__name__} lets examples of one row see one another (a state-space or recurrent "
             "model, or one that makes its attention masks without position ids): set packing: false"
         )

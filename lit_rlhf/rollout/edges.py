@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_rlhf.batch import Prompts, Rollout
 from lit_rlhf.models.causal import stop_ids
+from lit_rlhf.ranges import SettingError
 from lit_rlhf.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -22,14 +23,15 @@ def prepare(
     """Refuse what cannot be sampled; give the prompts on the policy's device and the ids that end a response.
 
     Raises:
-        ValueError: no pad token, or prompt and response would not fit the model's positions.
+        ValueError: no pad token.
+        SettingError: prompt and response would not fit the model's positions.
     """
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token; lit_rlhf.models.load_tokenizer gives it one")
     limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     longest = int(prompts.mask.sum(dim=1).max())
     if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise ValueError(
+        raise SettingError(
             f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} make "
             f"{longest + sampling.max_new_tokens}, but the model has {limit} positions: lower sampling.max_new_tokens "
             "or the data's max_prompt_length"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_rlhf.batch import Prompts, Rollout
+from lit_rlhf.ranges import check_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +42,7 @@ class Sampling:
             f"min_new_tokens is {self.min_new_tokens}; it must be from 0 to max_new_tokens": not (
                 0 <= self.min_new_tokens <= self.max_new_tokens
             ),
-            f"temperature is {self.temperature}; it must be 0 (greedy) or more": not self.temperature >= 0,
+            f"temperature is {self.temperature}; it must be 0 (greedy) or more": not 0 <= self.temperature < math.inf,
             f"top_k is {self.top_k}; it must be 0 (all tokens) or more": self.top_k < 0,
             f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens)": not 0 < self.top_p <= 1,
             f"min_p is {self.min_p}; it must be from 0 (all tokens) to 1": not 0 <= self.min_p <= 1,
@@ -48,6 +50,8 @@ class Sampling:
         for problem, is_so in problems.items():
             if is_so:
                 raise ValueError(f"sampling.{problem}")
+        for i, token in enumerate(self.stop_ids or ()):
+            check_number(f"sampling.stop_ids[{i}]", token, least=0, whole=True)
 
     @property
     def greedy(self) -> bool:

@@ -9,8 +9,22 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
+from lit_rlhf.ranges import check_number, check_seed
+
 GroupT = TypeVar("GroupT")
 OBJECTS = ("rewards", "sampler")
+# Numbers among the stages' own arguments; those of a settings group are checked where the group is made.
+RANGES: dict[str, dict[str, Any]] = {
+    "gamma": {"least": 0, "most": 1},
+    "lam": {"least": 0, "most": 1},
+    "ptx_coef": {"least": 0},
+    "ema": {"least": 0, "below": 1, "null": True},
+    "group_size": {"least": 1, "whole": True},
+    "groups": {"least": 1, "whole": True, "null": True},
+    "refresh_reference": {"least": 1, "whole": True, "null": True},
+    "center": {"least": 0},
+    "sample_prompts": {"least": 0, "whole": True},
+}
 _DROP = object()
 
 
@@ -38,7 +52,13 @@ def remember(module: LightningModule, arguments: dict[str, Any]) -> None:
     Args:
         module: the stage under construction.
         arguments: ``locals()`` of its constructor.
+
+    Raises:
+        ValueError: a number among them is out of its range.
     """
+    check_seed("seed", arguments["seed"])
+    for name in RANGES.keys() & arguments.keys():
+        check_number(name, arguments[name], **RANGES[name])
     left_out = ("self", "__class__", *OBJECTS)
     kept = {key: _plain(value) for key, value in arguments.items() if key not in left_out}
     stage = f"{type(module).__module__}.{type(module).__qualname__}"  # so that a checkpoint says what made it

@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import Parameter
 
+from lit_rlhf.ranges import SettingError, check_number
+
 
 @dataclass
 class Optim:
@@ -46,6 +48,15 @@ class Optim:
                 f"optim.nonfinite={self.nonfinite!r} and optim.most_skips={self.most_skips}: expected 'stop' or "
                 "'skip', and 0 or more"
             )
+        if len(self.betas) != 2:
+            raise ValueError(f"optim.betas is {self.betas!r}: expected two numbers, one for each of AdamW's moments")
+        for i, beta in enumerate(self.betas):
+            check_number(f"optim.betas[{i}]", beta, least=0, below=1)
+        for name in ("lr", "weight_decay"):
+            check_number(f"optim.{name}", getattr(self, name), least=0)
+        check_number("optim.eps", self.eps, above=0)  # at 0 a weight without gradient would become NaN
+        check_number("optim.final_fraction", self.final_fraction, least=0, most=1)
+        check_number("optim.warmup_steps", self.warmup_steps, least=0, whole=True)
         self.betas = (self.betas[0], self.betas[1])  # a checkpoint gives a list back
 
 
@@ -87,8 +98,11 @@ def configure(
         begin: for a group the first step that moves it; 0 where it is not named.
 
     Raises:
-        ValueError: when training starts, if the schedule falls but the run has no end.
+        SettingError: the Trainer clips below 0 or accumulates nothing; later, if the schedule falls without an end.
     """
+    # A negative norm would turn the gradient around, NaN would poison every weight.
+    check_number("trainer.gradient_clip_val", module.trainer.gradient_clip_val, least=0, null=True)
+    check_number("trainer.accumulate_grad_batches", module.trainer.accumulate_grad_batches, least=1, whole=True)
     parameters = [
         {"params": [p for p in tensors if p.requires_grad], "lr": lr, "name": name}
         for name, (tensors, lr) in groups.items()
@@ -104,7 +118,7 @@ def configure(
         # Built before training starts, the scheduler asks for step 0 only, and no schedule has fallen by then.
         total = module.trainer.estimated_stepping_batches if step else math.inf
         if step and optim.schedule != "constant" and not 0 < total < math.inf:
-            raise ValueError(
+            raise SettingError(
                 f"optim.schedule={optim.schedule!r} needs to know where the run ends: set trainer.max_steps or "
                 f"trainer.max_epochs, or take schedule='constant'."
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_rlhf.batch import Pairs
 from lit_rlhf.models import Network, keep_adapters_only, load_scalar, load_tokenizer, save_scalar
 from lit_rlhf.objectives import best_of_k_loss, centering_loss, group_mean, pairwise_loss
+from lit_rlhf.ranges import SettingError
 from lit_rlhf.stages.arguments import remember, revive
 from lit_rlhf.stages.finite import Watch, clip_and_log
 from lit_rlhf.stages.guards import refuse_half_precision_weights
@@ -91,7 +92,7 @@ class RewardModeling(LightningModule):
         margin = batch.margin if self.margin else None
         if self.loss == "best_of_k":
             if margin is not None:
-                raise ValueError("loss=best_of_k has no use for the data's margin column: set margin to false")
+                raise SettingError("loss=best_of_k has no use for the data's margin column: set margin to false")
             losses = best_against_worse(scores, batch)
         else:
             each = pairwise_loss(better, worse, margin=margin, label_smoothing=self.label_smoothing)

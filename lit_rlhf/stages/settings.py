@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_rlhf.objectives import Baseline, KLEstimator, RatioLevel, Scale, WeightBound, WeightLevel
+from lit_rlhf.ranges import check_number
 
 
 @dataclass
@@ -28,6 +29,11 @@ class KL:
     place: Literal["reward", "score", "loss"] = "reward"
     target: float | None = None
     horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_number("kl.coef", self.coef, least=0)
+        check_number("kl.target", self.target, above=0, null=True)
+        check_number("kl.horizon", self.horizon, least=1)
 
     @property
     def needs_reference(self) -> bool:
@@ -60,6 +66,11 @@ class Clip:
     penalty_target: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            check_number(f"clip.{name}", getattr(self, name), least=0, null=True)
+        check_number("clip.dual", self.dual, above=1, null=True)
+        check_number("clip.penalty", self.penalty, least=0)
+        check_number("clip.penalty_target", self.penalty_target, above=0, null=True)
         if self.form != "clip" and (self.ratio != "token" or self.dual is not None):
             raise ValueError(f"clip.ratio={self.ratio!r} and clip.dual={self.dual} go with clip.form='clip' only")
         if self.form == "truncate" and self.high is None:
@@ -77,6 +88,10 @@ class Entropy:
 
     coef: float = 0.0
     final: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("entropy.coef", self.coef)
+        check_number("entropy.final", self.final, null=True)
 
     @property
     def counts(self) -> bool:
@@ -99,6 +114,10 @@ class Correction:
     how: WeightBound = "truncate"
     low: float | None = None
     high: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_number("correction.high", self.high, above=0)
+        check_number("correction.low", self.low, least=0, most=self.high, null=True)
 
 
 @dataclass
@@ -144,3 +163,9 @@ class Value:
     lr: float | None = None
     shared: bool = False
     warmup: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("value.coef", self.coef, least=0)
+        check_number("value.clip", self.clip, above=0, null=True)
+        check_number("value.lr", self.lr, least=0, null=True)
+        check_number("value.warmup", self.warmup, least=0, whole=True)

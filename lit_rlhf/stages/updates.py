@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_rlhf.batch import Examples, Rollout
 from lit_rlhf.models.lengths import pass_tokens
 from lit_rlhf.models.prefix import number_rows
+from lit_rlhf.ranges import check_number
 from lit_rlhf.stages.minibatch import Minibatch
 
 TermT = TypeVar("TermT")
@@ -43,6 +44,13 @@ class Updates:
     target_kl: float | None = None
     halve_on_oom: bool = False
     sampler_gap: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches"):
+            check_number(f"updates.{name}", getattr(self, name), least=1, whole=True)
+        check_number("updates.micro_batch_tokens", self.micro_batch_tokens, least=1, whole=True, null=True)
+        check_number("updates.target_kl", self.target_kl, above=0, null=True)
+        check_number("updates.sampler_gap", self.sampler_gap, least=0)
 
 
 class Plan:

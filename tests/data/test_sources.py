@@ -110,7 +110,7 @@ def test_a_hub_id_that_cannot_be_had_says_both(monkeypatch):
         ("r.jsonl", b'{"a": 1}\n3\n', "line 2: expected a JSON object with named columns, got int"),
         ("r.json", b'[{"a": 1}, null]', "row 2: expected a JSON object with named columns, got NoneType"),
         ("r.json", b'[{"a": 1},\n {"a"]', "line 2: not JSON"),
-        ("r.jsonl", b'{"a": "\xff"}\n', "cannot be read"),
+        ("r.jsonl", b'{"a": "\xff"}\n', "line 1: expected UTF-8 text"),
         ("r.jsonl.gz", b'{"a": 1}\n', "cannot be read"),
         ("r.parquet", b"none", "cannot be read"),
         ("r.csv", b"a,b\n1,2\n1,2,3\n", "line 3: has more fields than the header"),
