@@ -52,8 +52,8 @@ class Reach:
             name = f"what the model's {self.positions} positions leave beside sampling.max_new_tokens={self.response}"
         if room < 1:
             raise DataError(
-                f"sampling.max_new_tokens={self.response}, but the model has {self.positions} positions: no prompt fits "
-                "beside so long a response; lower it"
+                f"sampling.max_new_tokens={self.response}, but the model has {self.positions} positions: no prompt "
+                "fits beside so long a response; lower it"
             )
         return (room, name) if room < longest else (longest, knob)
 
