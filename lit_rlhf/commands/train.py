@@ -119,7 +119,7 @@ class CLI(LightningCLI):
         """Whether the strategy will shard the networks: then no process loads one whole."""
         strategy = self._get(self.config, "trainer.strategy")
         kind = getattr(strategy, "class_path", strategy)
-        return isinstance(kind, str) and kind.rpartition(".")[2] in ("fsdp2", "FSDP2Strategy", "ModelParallelStrategy")
+        return isinstance(kind, str) and kind.rpartition(".")[2] in ("fsdp2", "FSDP2Strategy")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a CSV log, first among the loggers: its folder is the run's."""

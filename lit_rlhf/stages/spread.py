@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf.models import fill, shard, unsharded_trainables
 from lit_rlhf.rewards import RewardModel
+from lit_rlhf.strategies import FSDP2Strategy
 
 
 def spread(stage: Any) -> None:
@@ -40,13 +41,8 @@ def _places(trainer: Trainer) -> tuple[Any, torch.device, torch.dtype | None]:
     """The mesh to shard over, where weights stand that are read now, and what they are gathered in."""
     strategy, precision = trainer.strategy, str(trainer.precision)
     refuse_strategy(strategy)
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not isinstance(strategy, FSDP2Strategy):
         return None, torch.device("cpu"), None
-    if strategy.device_mesh["tensor_parallel"].size() > 1:
-        raise MisconfigurationException(
-            "tensor_parallel_size above 1: these stages shard over data-parallel processes only. Use "
-            "trainer.strategy: fsdp2"
-        )
     if precision == "16-mixed":
         raise MisconfigurationException(
             "precision=16-mixed is not supported where weights are sharded: use bf16-mixed or 32-true"
@@ -68,8 +64,13 @@ def refuse_strategy(strategy: Any) -> None:
     """Refuse strategies that take hooks from the stages which they need.
 
     Raises:
-        MisconfigurationException: FSDP1 or DeepSpeed.
+        MisconfigurationException: FSDP1, DeepSpeed, or Lightning's own way to FSDP2.
     """
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+        raise MisconfigurationException(
+            "trainer.strategy: ModelParallelStrategy shards over nodes and writes checkpoints that only it can read, a "
+            "pickle among them. Use trainer.strategy: fsdp2"
+        )
     if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(
             "trainer.strategy: fsdp (FSDP1) sees the gradients of a network as one flat piece: policy and critic could "
