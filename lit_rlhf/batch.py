@@ -82,8 +82,11 @@ class Prompts:
         return torch.arange(len(self)) if self.counts is None else self.counts.cpu().nonzero().flatten()
 
     def repeat(self, group_size: int) -> Prompts:
-        """Each prompt ``group_size`` times, the copies of one prompt side by side ([B·G] rows)."""
-        return self.select(torch.arange(len(self)).repeat_interleave(group_size))
+        """Each prompt ``group_size`` times, the copies of one prompt side by side ([B·G] rows), each with its number."""
+        copies = self.select(torch.arange(len(self)).repeat_interleave(group_size))
+        if self.rows is None:
+            return copies
+        return copies.with_(rows=(self.rows[:, None] * group_size + torch.arange(group_size)).flatten())
 
 
 @dataclass(frozen=True)

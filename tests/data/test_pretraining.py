@@ -171,3 +171,10 @@ def test_an_empty_text_is_named_with_its_line(prompts, rows_file, tokenizer_fold
     texts = rows_file([{"text": "a"}, {"text": " "}], "texts.jsonl")
     with pytest.raises(DataError, match=r'texts.jsonl, line 2: column "text": the text is empty'):
         data_of(prompts, texts, tokenizer=tokenizer_folder).setup()
+
+
+def test_copies_of_a_numbered_prompt_have_numbers_of_their_own():
+    """A row draws by its number: with the prompt's own, all answers to it would be the same."""
+    ids = torch.ones(2, 3, dtype=torch.long)
+    prompts = Prompts(ids, ids.bool(), ("a", "b"), rows=torch.tensor([3, 5]))
+    assert prompts.repeat(2).rows.tolist() == [6, 7, 10, 11]
