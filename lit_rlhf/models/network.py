@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import nn
 from lit_rlhf.models.deferred import build_empty
 from lit_rlhf.models.kernels import apply_liger
 from lit_rlhf.models.noise import add_residual_dropout
+from lit_rlhf.models.switches import same_role_again
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -202,7 +204,7 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
     if network.gradient_checkpointing:
         # Newer releases of transformers 5 call it activation checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": partial(same_role_again, model)})
     return model.train(), missing
 
 
