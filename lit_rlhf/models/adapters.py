@@ -64,7 +64,7 @@ def _inject(model: Any, settings: Any, adapter: str) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are several is the point
         inject_adapter_in_model(settings, model, adapter_name=adapter, low_cpu_mem_usage=is_deferred(model))
-    for weight, was_trained in zip(before, trained, strict=True):
+    for weight, was_trained in zip(before, trained, strict=True):  # not every release of peft leaves it alone
         weight.requires_grad_(was_trained)
     for layer in adapted_layers(model).values():
         turn(layer, [POLICY], off=False)
