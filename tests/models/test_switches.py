@@ -191,6 +191,7 @@ def test_an_adapted_embedding_is_saved_under_the_names_that_peft_reads(model_fol
     model = load_causal(model_folder, Network(lora=Lora(r=2, targets=["embed_tokens", "q_proj"])))
     arena.stir(model).eval()
     save_folder(model, None, tmp_path, merge=False)
+    assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if POLICY in name]
     loaded = PeftModel.from_pretrained(load_causal(model_folder), tmp_path).eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
+from lit_rlhf.callbacks import Throughput
 from lit_rlhf.export import export
 from lit_rlhf.models import CRITIC, Lora, Network, load_causal, load_scalar, save_scalar, token_logprobs, token_scores
 from lit_rlhf.models.switches import adapter_of, weights_of
@@ -204,6 +205,15 @@ def test_what_is_exported_is_the_policy_alone(merge, model_folder, folders, tmp_
         found = load_file(tmp_path / kind / file)
         assert found.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_base_that_two_roles_read_counts_twice_for_the_mfu(model_folder):
+    counts = []
+    for value in (Value(), Value(adapter=True)):
+        stage, meter = ppo(model_folder, network=LORA, value=value), Throughput()
+        meter.setup(arena.trainer(), stage, "fit")
+        counts.append(meter.token_flops)
+    assert counts[1] - counts[0] == 4 * stage.policy.lm_head.weight.numel()  # which a critic of its own has not
 
 
 # -- GRPO --------------------------------------------------------------------------------------------------------------
