@@ -44,6 +44,8 @@ NETWORKS = {
 }
 WAYS = {"one": "one process", "ddp": "DDP × 2", "fsdp2": "FSDP2 × 2"}
 MEGA = 2**20
+# Freed blocks go back to the system at once; else glibc keeps those of a layer's size, and fragments count as resident.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
 
 
 def save_models(shape: argparse.Namespace, folder: Path) -> int:
@@ -163,7 +165,7 @@ def measured(kind: str, way: str, folder: Path, arguments: list[str]) -> dict[st
     ranks = [
         subprocess.Popen(
             command,
-            env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)},
+            env={**os.environ, **MALLOC, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -183,7 +185,7 @@ def main() -> None:
     for name, default in (("hidden", 640), ("layers", 10), ("vocabulary", 16_384), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rows", type=int, default=4, help="prompts of a process")
-    parser.add_argument("--tokens", type=int, default=32, help="of a prompt, and of a response")
+    parser.add_argument("--tokens", type=int, default=16, help="of a prompt, and of a response")
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
