@@ -44,7 +44,7 @@ NETWORKS = {
 }
 WAYS = {"one": "one process", "ddp": "DDP × 2", "fsdp2": "FSDP2 × 2"}
 MEGA = 2**20
-# Freed blocks go back to the system at once; else glibc keeps those of a layer's size, and fragments count as resident.
+# Freed blocks go back to the system at once; what glibc would keep of them counts as resident, too.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
 
 
