@@ -82,7 +82,7 @@ class Prompts:
         return torch.arange(len(self)) if self.counts is None else self.counts.cpu().nonzero().flatten()
 
     def repeat(self, group_size: int) -> Prompts:
-        """Each prompt ``group_size`` times, the copies of one prompt side by side ([B·G] rows), each with its number."""
+        """Each prompt ``group_size`` times, copies side by side ([B·G] rows), each with a number of its own."""
         copies = self.select(torch.arange(len(self)).repeat_interleave(group_size))
         if self.rows is None:
             return copies

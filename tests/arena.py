@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from tiny import tiny_tokenizer
 from torch.utils.data import DataLoader
 
 from lit_rlhf.batch import Examples, Pairs, Prompts, Rollout
+from lit_rlhf.models import Lora, Network, load_scalar, save_scalar
 from lit_rlhf.rollout import Sampling
 
 SHORT = Sampling(max_new_tokens=8)
@@ -62,6 +64,23 @@ def pairs(count: int, seed: int = 0) -> Pairs:
     ids = torch.stack([high, low], dim=1).view(2 * count, 8).where(mask, 0)
     rows = torch.arange(count)
     return Pairs(ids, mask, 2 * rows, 2 * rows + 1, rows)
+
+
+def stir(model: Any, seed: int = 1, size: float = 0.1) -> Any:
+    """Move everything trainable, so that adapters are no longer 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def reward_on_adapters(base: str, folder: Any, **more: Any) -> str:
+    """Write the adapters and the head of a reward model over a base; returns the folder."""
+    model = stir(load_scalar(base, Network(lora=Lora(r=3)), seed=5), seed=7)
+    save_scalar(model, tiny_tokenizer(), folder, merge=False, **more)
+    return str(folder)
 
 
 def loader(batches: list) -> DataLoader:

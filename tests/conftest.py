@@ -31,13 +31,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def sharded_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What sharded stages start from: ``policy``, a Llama whose two ends are tied, and a reward model, ``reward``."""
+    """What sharded stages start from: ``policy``, a Llama whose two ends are tied, and a reward model, ``reward``.
+
+    ``judge`` is another one, as adapters on the policy's base.
+    """
+    import arena
+
     from lit_rlhf.models import load_scalar, save_scalar
 
     root = tmp_path_factory.mktemp("sharded")
     tiny.tiny_llama(tie_word_embeddings=True).save_pretrained(root / "policy")
     tiny.tiny_tokenizer().save_pretrained(root / "policy")
     save_scalar(load_scalar(str(root / "policy"), seed=3), tiny.tiny_tokenizer(), str(root / "reward"))
+    arena.reward_on_adapters(str(root / "policy"), root / "judge")
     return root
 
 

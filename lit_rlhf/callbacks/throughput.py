@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_rlhf.callbacks.crowding import Crowding
 from lit_rlhf.stages.inner_loop import InnerLoop
+from lit_rlhf.stages.ppo import PPO
 
 
 class Throughput(Callback):
@@ -30,6 +31,8 @@ class Throughput(Callback):
         """Count the weights while no strategy has sharded them."""
         training = [child for child in pl_module.children() if any(p.requires_grad for p in child.parameters())]
         weights = sum(p.numel() for child in training for p in child.parameters())
+        if isinstance(pl_module, PPO) and pl_module.value.adapter:  # reads the policy's base, too, in a pass of its own
+            weights += sum(p.numel() for p in pl_module.policy.parameters() if not p.requires_grad)
         trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         # A token costs two a weight forward, two backward to what the weight reads, and two to the weight if it trains.
         self.token_flops = 4 * weights + 2 * trainable

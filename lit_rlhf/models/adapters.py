@@ -1,39 +1,42 @@
-"""Low-rank adapters inside a model: put in, switched off for the reference, merged into what is saved."""
+"""Low-rank adapters inside a model: put in, drawn or read from a folder, merged into what is saved or saved alone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.models.deferred import is_deferred, set_weight
+from lit_rlhf.models.deferred import first_rows, is_deferred, set_weight
 from lit_rlhf.models.network import Lora
 from lit_rlhf.models.sharding import whole
+from lit_rlhf.models.switches import POLICY, adapted_layers, adapter_of, name_in_files, turn
 
-ADAPTER = "default"
+_IN_FILES = "base_model.model."  # peft's prefix to the names of weights
 
 
-def inject_adapters(model: Any, lora: Lora, *, task: str, seed: int = 0) -> None:
-    """Put low-rank adapters into a model, in place; from then on only they are trainable.
+def inject_adapters(model: Any, lora: Lora, *, task: str, seed: int = 0, name: str = POLICY) -> None:
+    """Put low-rank adapters into a model, in place; the base is frozen, the new adapters are trainable.
 
-    The model keeps its class, so generation and sharding see an ordinary transformers model. An adapter starts as 0, so
-    the model's outputs do not change.
+    The model keeps its class, so generation and sharding see an ordinary transformers model, and adapters that it has
+    already stay as they are and in use. An adapter starts as 0, so the model's outputs do not change.
 
     Args:
         model: a transformers model.
         lora: rank, scale, targets.
         task: peft's task type, "CAUSAL_LM" or "SEQ_CLS".
         seed: for the adapters' random half; equal on every process, which sharding relies on.
+        name: of the adapters, for `role`.
 
     Raises:
         ValueError: no layer matches ``lora.targets``, or the head is a target though it is tied to the embedding.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
     if getattr(model, "all_tied_weights_keys", None) and "lm_head" in (lora.targets or []):
@@ -47,24 +50,36 @@ def inject_adapters(model: Any, lora: Lora, *, task: str, seed: int = 0) -> None
         base_model_name_or_path=model.name_or_path,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    training = model.training
-    with torch.random.fork_rng(devices=[]):
-        try:
-            inject_adapter_in_model(settings, model, adapter_name=ADAPTER, low_cpu_mem_usage=is_deferred(model))
-        except ValueError as error:
-            linear = (
-                name.rpartition(".")[2]
-                for name, module in model.named_modules()
-                if isinstance(module, (nn.Linear, Conv1D))
-            )
-            known = ", ".join(sorted(set(linear)))
-            raise ValueError(f"lora.targets={lora.targets}: {error}. Linear layers of this model: {known}") from None
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:  # peft follows the base; small steps would be lost in half precision
-            parameter.data = parameter.data.float()
-            set_weight(model, name, _first_weight(name, parameter, generator))
+    try:
+        found = _inject(model, settings, name)
+    except ValueError as error:
+        linear = (key for key, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+        known = ", ".join(sorted({key.removesuffix(".base_layer").rpartition(".")[2] for key in linear}))
+        raise ValueError(f"lora.targets={lora.targets}: {error}. Linear layers of this model: {known}") from None
+    for key, weight in found.items():
+        set_weight(model, key, _first_weight(key, weight, generator))
+
+
+def _inject(model: Any, settings: Any, adapter: str) -> dict[str, Tensor]:
+    """Put adapters in; give their weights by name. What was there before is as trainable as it was, and in use."""
+    from peft import inject_adapter_in_model
+
+    before = list(model.parameters()) if adapted_layers(model) else []
+    trained, training = [weight.requires_grad for weight in before], model.training
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are several is the point
+        inject_adapter_in_model(settings, model, adapter_name=adapter, low_cpu_mem_usage=is_deferred(model))
+    for weight, was_trained in zip(before, trained, strict=True):  # not every release of peft leaves it alone
+        weight.requires_grad_(was_trained)
+    for layer in adapted_layers(model).values():
+        turn(layer, [POLICY], off=False)
+    found = {key: weight for key, weight in model.named_parameters() if adapter_of(key) == adapter}
+    for weight in found.values():  # peft follows the base; small steps would be lost in half precision
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)
     model.train(training)
+    return found
 
 
 def _first_weight(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,127 +94,154 @@ def _first_weight(name: str, parameter: Tensor, generator: torch.Generator) -> T
     return value.normal_(generator=generator) if ".lora_embedding_B." in name else value
 
 
-def _adapted(model: nn.Module) -> dict[str, Any]:
-    if not hasattr(model, "peft_config"):  # spares the import of peft where no adapters are
-        return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Say whether a model carries adapters."""
-    return bool(_adapted(model))
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the model as it was before its adapters: inside, its outputs are bitwise the base model's.
-
-    Only a switch in each adapted layer is turned. peft's own ``disable_adapter`` also changes ``requires_grad``, which
-    drops gradients in silence and lets processes drift apart.
-
-    Raises:
-        ValueError: the model has no adapters, so there is no base to go back to.
-    """
-    layers = list(_adapted(model).values())
-    if not layers:
-        raise ValueError("this model has no adapters to switch off; its reference must be a frozen copy")
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, was_off in zip(layers, before, strict=True):
-            layer._disable_adapters = was_off
-
-
-def same_place(place: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give ``place`` if it can hold ``like`` in ``dtype``, else new memory that can."""
-    if place is not None and (place.shape, place.device, place.dtype) == (like.shape, like.device, dtype):
-        return place
-    return torch.empty_like(like, dtype=dtype, requires_grad=False)
-
-
-def adapters_in_use(model: nn.Module) -> list[bool]:
-    """Say of each adapted layer whether its adapter takes part."""
-    return [not layer._disable_adapters for layer in _adapted(model).values()]
-
-
-@contextmanager
-def merged(model: nn.Module, kept: dict[str, Tensor] | None = None) -> Iterator[None]:
-    """Run a model with its adapters added to the weights: one product a layer instead of three.
-
-    The weights come back bit for bit, since they are put aside and not computed back. Adapters on sharded weights, or
-    on weights in half precision (which would round the adapters' part away), are left as they are.
-
-    Args:
-        model: the model.
-        kept: where the sums stand, by layer; given again, they are written to the same places.
-    """
-    before = []
-    for name, layer in _adapted(model).items():
-        weight = layer.base_layer.weight
-        is_whole = not hasattr(weight, "full_tensor")
-        if weight.dtype == torch.float32 and is_whole and not layer._disable_adapters:
-            before.append((name, layer, weight.data))
-    try:
-        with torch.no_grad():
-            for name, layer, weight in before:
-                place = same_place((kept or {}).get(name), weight, weight.dtype)
-                if kept is not None:
-                    kept[name] = place
-                layer.base_layer.weight.data = torch.add(weight, layer.get_delta_weight(ADAPTER), out=place)
-                layer._disable_adapters = True
-        yield
-    finally:
-        for _, layer, weight in before:
-            layer.base_layer.weight.data = weight
-            layer._disable_adapters = False
-
-
 @torch.no_grad()
 def merged_state(model: Any, *, keep: bool = True) -> dict[str, Tensor]:
-    """Give the weights of an ordinary model: adapters added to what they adapt, shards put together on the CPU.
+    """Give the weights of an ordinary model: the policy's adapters added to what they adapt, shards put together.
 
     The model itself is left alone: merging in place and back would change the base weights, and with them the
     reference, by rounding.
 
     Args:
         model: the model; where it is sharded, every process must call.
-        keep: whether this process wants them; the others have one weight at a time.
+        keep: whether this process wants them, on the CPU; the others have one weight at a time.
     """
-    adapted, tied, state = _adapted(model), getattr(model, "all_tied_weights_keys", None) or {}, {}
+    adapted, tied, state = adapted_layers(model, POLICY), getattr(model, "all_tied_weights_keys", None) or {}, {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name or name in tied:  # tied weights are stored once; a gathered one is not seen as the same
             continue
         found, layer = whole(tensor), adapted.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
-            found = (found.float() + whole(layer.get_delta_weight(ADAPTER)).float()).to(found.dtype)
+            found = (found.float() + whole(layer.get_delta_weight(POLICY)).float()).to(found.dtype)
         if keep:
             state[name.replace(".base_layer.", ".")] = found.cpu()
     return state
 
 
 @torch.no_grad()
-def save_adapters(model: Any, folder: str | Path, *, write: bool) -> None:
-    """Write the adapters alone, as a folder that ``peft.PeftModel.from_pretrained`` loads.
+def save_adapters(model: Any, folder: str | Path, *, write: bool, about: dict[str, str] | None = None) -> None:
+    """Write the adapters alone, a reward model's with its head, as a folder that ``peft.PeftModel`` loads.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters; of several the policy's are meant.
         folder: where to; must exist.
         write: whether this process writes (all must call when the model is sharded).
+        about: kept in the file's header, beside a checksum of the base.
     """
     from safetensors.torch import save_file
 
     state = {
-        "base_model.model." + name.replace(f".{ADAPTER}.", "."): whole(tensor).cpu().contiguous()
+        _IN_FILES + name_in_files(name): whole(tensor).cpu().contiguous()
         for name, tensor in model.state_dict().items()
-        if ".lora_" in name
+        if adapter_of(name) == POLICY or name.startswith("score.")
     }
     if write:
-        save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-        settings = copy.deepcopy(model.peft_config[ADAPTER])
+        header = {"format": "pt", "base": base_checksum(model), **(about or {})}
+        save_file(state, Path(folder) / "adapter_model.safetensors", metadata=header)
+        settings = copy.deepcopy(model.peft_config[POLICY])
         settings.inference_mode = True
+        if _IN_FILES + "score.weight" in state:
+            settings.modules_to_save = ["score"]
         settings.save_pretrained(str(folder))
+
+
+def base_checksum(model: Any) -> str:
+    """A checksum by which a base is known again, whatever its head, its number format and how it is loaded.
+
+    Of the first row of each weight, in bfloat16: training moves some number in some of them, and a model that is not
+    read yet, or lies in shards (then the first process's counts), need not be read whole.
+    """
+    digest = hashlib.sha256()
+    for name, shape, row in sorted(first_rows(model), key=lambda one: one[0]):
+        digest.update(f"{name} {list(shape)}".encode())
+        digest.update(row.detach().bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_adapters(model: Any, folder: str, name: str, *, trained: bool) -> tuple[Tensor, dict[str, str]]:
+    """Put the adapters of a reward model on a policy's base, beside the policy's own.
+
+    Args:
+        model: the policy, with adapters of its own, not yet sharded.
+        folder: as `save_adapters` writes it, or peft for a sequence classifier with one label.
+        name: of the adapters, for `role`.
+        trained: whether they are to be trained on; else they are frozen.
+
+    Returns:
+        The weight [1, d] of the scalar head, and what the file's header says.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: something else than a reward model's adapters, or those of another base.
+    """
+    from peft import LoraConfig
+
+    settings = _settings(folder)
+    state, header = _weights(folder)
+    head = state.pop("score.weight", None)
+    if head is None or head.dim() != 2 or head.shape[0] != 1:
+        raise ValueError(
+            f"{folder} has no scalar head (score.weight, 1 row): it is a policy's adapter folder, or one of a "
+            "classifier. RewardModeling with network.lora writes one with export.merge: false"
+        )
+    _check_base(model, folder, settings, header)
+    known = set(LoraConfig.__dataclass_fields__) - {"modules_to_save", "task_type", "inference_mode"}
+    config = LoraConfig(**{key: value for key, value in settings.items() if key in known})
+    found = _inject(model, config, name)
+    wanted = {name_in_files(key): key for key in found}
+    wrong = [
+        f"{key} {list(state[key].shape) if key in state else 'is missing'}, expected {list(found[own].shape)}"
+        for key, own in wanted.items()
+        if key not in state or state[key].shape != found[own].shape
+    ] + sorted(state.keys() - wanted.keys())
+    if wrong:
+        raise ValueError(f"{folder} does not fit the policy: {len(wrong)} weights differ, first {wrong[0]}")
+    for key, own in wanted.items():
+        set_weight(model, own, state[key].float())
+    for weight in found.values():
+        weight.requires_grad_(trained)
+    return head.float(), header
+
+
+def _settings(folder: str) -> dict[str, Any]:
+    """What an adapter folder says of itself, checked."""
+    path = Path(folder).expanduser() / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no adapter folder: it has no adapter_config.json. RewardModeling with network.lora writes "
+            "one with export.merge: false; a whole reward model is for RewardModel"
+        )
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    kept = set(settings.get("modules_to_save") or [])
+    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none" or kept - {"score", "classifier"}:
+        raise ValueError(
+            f"{folder}: peft_type {settings.get('peft_type')!r}, bias {settings.get('bias')!r}, modules_to_save "
+            f"{sorted(kept)}; expected LORA, 'none' and no more than the score: other weights would be the policy's too"
+        )
+    return settings
+
+
+def _weights(folder: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights of an adapter folder by their names in the network, and the header."""
+    from safetensors import safe_open
+
+    path = Path(folder).expanduser() / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no adapter_model.safetensors")
+    with safe_open(path, framework="pt") as file:
+        state = {key.removeprefix(_IN_FILES): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return state, dict(file.metadata() or {})
+
+
+def _check_base(model: Any, folder: str, settings: dict[str, Any], header: dict[str, str]) -> None:
+    """Refuse adapters that were trained on another base: by checksum, or by name where there is none."""
+    trained_on, base = settings.get("base_model_name_or_path"), model.name_or_path
+    if "base" in header:
+        fits = header["base"] == base_checksum(model)
+    else:
+        fits = trained_on == base or Path(str(trained_on)).resolve() == Path(base).resolve()
+    if not fits:
+        raise ValueError(
+            f"{folder} was trained on another base than the policy's: {trained_on!r} there, {base!r} here"
+            f"{', and the weights differ' if 'base' in header else ''}. Train the reward model with network.lora from "
+            "the policy's own folder, or merge it (export.merge: true) and take it as a RewardModel"
+        )

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.models.sharding import placed_like
+from lit_rlhf.models.switches import weights_of
 
 
 class Average(nn.Module):
-    """Moving average w̄ ← d·w̄ + (1 − d)·w of a network's trainable weights, held as buffers, so in checkpoints.
+    """Moving average w̄ ← d·w̄ + (1 − d)·w of a policy's trainable weights, held as buffers, so in checkpoints.
 
     Ouyang et al. 2022 (InstructGPT, appendix C.4) evaluate the average of the policy's weights with d = 0.992.
 
     Args:
-        network: whose weights are averaged; the average starts at them.
+        network: whose weights are averaged, without those of a critic on its base; the average starts at them.
         decay: d, at least 0 and below 1.
 
     Raises:
@@ -34,7 +35,7 @@ class Average(nn.Module):
 
     @staticmethod
     def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
-        return [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+        return list(weights_of(network).items())
 
     @torch.no_grad()
     def follow(self, network: nn.Module) -> None:

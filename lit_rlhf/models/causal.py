@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -10,19 +9,20 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.batch import Rollout
-from lit_rlhf.models.adapters import has_adapters, inject_adapters, merged_state, save_adapters
+from lit_rlhf.models.adapters import inject_adapters, merged_state, save_adapters
+from lit_rlhf.models.hub import quiet
 from lit_rlhf.models.logprobs import Chosen
 from lit_rlhf.models.network import (
     Lora,
     Network,
     load_config,
     load_weights,
-    quiet,
-    to_left_edge,
 )
-from lit_rlhf.models.output import chosen_after, chosen_tokens, head_inputs
-from lit_rlhf.models.prefix import Shared, read_shared, shared_prompts
+from lit_rlhf.models.output import chosen_after, chosen_tokens
+from lit_rlhf.models.places import find_tokens, of_responses, states_over_prompts
+from lit_rlhf.models.prefix import shared_prompts
 from lit_rlhf.models.sharing import can_share
+from lit_rlhf.models.switches import has_adapters
 from lit_rlhf.models.tokens import load_tokenizer, stop_ids
 from lit_rlhf.ranges import SettingError
 
@@ -70,24 +70,9 @@ def load_causal(name: str, network: Network | None = None, *, seed: int = 0) -> 
 
 
 def _read(model: Any, ids: Tensor, mask: Tensor, asked: Tensor, **ask: Any) -> tuple[tuple[Tensor, Tensor], Chosen]:
-    """(row, column) of each token that ``asked`` [B, L] names and that has one before it, and what the model says."""
-    moved, columns = to_left_edge(ids, mask, but_last=True)
-    row, column = (asked & mask & (columns > 0)).nonzero(as_tuple=True)
-    # The longest row's last token went nowhere; what predicts it is the last that was read.
-    before = row * moved.shape[1] + columns[row, column] - 1
+    """Places of the tokens that ``asked`` [B, L] names, and what the model says of them."""
+    moved, (row, column), before = find_tokens(ids, mask, asked)
     return (row, column), chosen_tokens(model, moved, before, ids[row, column], **ask)
-
-
-def _read_over_prompts(
-    model: Any, rollout: Rollout, shared: Shared, **ask: Any
-) -> tuple[tuple[Tensor, Tensor], Chosen]:
-    """(row, column) of each response token, and what the model says, each distinct prompt read once."""
-    hidden, place = read_shared(partial(head_inputs, model), model, shared)
-    row, column = rollout.mask.nonzero(as_tuple=True)
-    number = (rollout.mask.cumsum(dim=1) - 1)[row, column]
-    states = hidden.index_select(0, place[row, number])
-    chosen = chosen_after(model, states, rollout.response_ids[row, column], **ask)
-    return (row, column), chosen._replace(hidden=states)
 
 
 def response_tokens(
@@ -104,12 +89,13 @@ def response_tokens(
     """
     if temperature <= 0:
         raise SettingError(f"temperature is {temperature}: greedy sampling has no log-probabilities; use more than 0")
-    ask = {"temperature": temperature, "entropy": entropy}
+    ask: Any = {"temperature": temperature, "entropy": entropy}
     shared = shared_prompts(rollout)
     if shared is not None and can_share(model):
-        return _read_over_prompts(model, rollout, shared, **ask)
-    asked = torch.cat([torch.zeros_like(rollout.prompt_mask), rollout.mask], dim=1)
-    (row, column), found = _read(model, rollout.input_ids, rollout.input_mask, asked, hidden=hidden, **ask)
+        place, states = states_over_prompts(model, rollout, shared)
+        chosen = chosen_after(model, states, rollout.response_ids[place], **ask)
+        return place, chosen._replace(hidden=states)
+    (row, column), found = _read(model, *of_responses(rollout), hidden=hidden, **ask)
     return (row, column - rollout.prompt_ids.shape[1]), found
 
 
@@ -192,17 +178,23 @@ def write_folder(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: 
 
 
 def save_folder(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, merge: bool = True
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    merge: bool = True,
+    about: dict[str, str] | None = None,
 ) -> None:
-    """Write a causal model as a Hugging Face folder.
+    """Write a model as a Hugging Face folder.
 
     Args:
         model: the model, which stays as it is.
         tokenizer: written beside it; None leaves it out.
         folder: made if missing.
-        merge: add LoRA adapters to the weights, so that ``AutoModelForCausalLM`` loads the folder. False writes the
+        merge: add LoRA adapters to the weights, so that transformers alone loads the folder. False writes the
             adapters alone, for ``peft.PeftModel.from_pretrained(base, folder)``. Without adapters it makes no
             difference.
+        about: kept with adapters that are written alone.
     """
     if merge or not has_adapters(model):
         write_folder(model, tokenizer, folder)
@@ -210,6 +202,6 @@ def save_folder(
     write = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if write:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    save_adapters(model, folder, write=write)
+    save_adapters(model, folder, write=write, about=about)
     if write and tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

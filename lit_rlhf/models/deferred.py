@@ -126,6 +126,19 @@ def fill(model: Any, device: torch.device) -> None:
     del model.deferred
 
 
+def first_rows(model: Any) -> Iterator[tuple[str, torch.Size, Tensor]]:
+    """Name, shape and first row of each weight of a network's base, without head and adapters; read if not yet there.
+
+    Args:
+        model: from `load_causal` or `load_scalar`; where it is sharded, the first process's rows are the right ones.
+    """
+    for name, weight in model.named_parameters():
+        if not name.startswith(f"{model.base_model_prefix}.") or ".lora_" in name:
+            continue
+        row = _read(model.deferred, name, 0, weight[:1]) if weight.is_meta else own_rows(weight)[0][:1]
+        yield name.replace(".base_layer.", "."), weight.shape, row
+
+
 def is_deferred(model: Any) -> bool:
     """Whether a network has no weights yet."""
     return getattr(model, "deferred", None) is not None

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lit_rlhf.models.adapters import adapters_in_use, same_place
 from lit_rlhf.models.cache import new_cache, read_on
 from lit_rlhf.models.masks import accepted, masks_for, why_no_masks
+from lit_rlhf.models.switches import adapters_in_use, same_place
 
 _PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 

@@ -6,7 +6,7 @@ Both are transformers' own sequence-classification models with one label, so a s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
 from lit_rlhf.models.adapters import inject_adapters
-from lit_rlhf.models.causal import write_folder
+from lit_rlhf.models.causal import save_folder
 from lit_rlhf.models.deferred import set_weight
 from lit_rlhf.models.network import Network, load_config, load_weights, to_left_edge
 from lit_rlhf.models.prefix import Shared, read_shared, shared_prompts
@@ -148,14 +148,15 @@ def sequence_scores(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.where(length > 0, scores.squeeze(1), 0.0)
 
 
-def shared_scores(model: Any, shared: Shared) -> Tensor:
+def shared_scores(model: Any, shared: Shared, run: Callable[..., Tensor] | None = None) -> Tensor:
     """Compute the scalar at the last token of rows whose beginnings are read once; `sequence_scores` of the same, [B].
 
     Args:
         model: from `load_scalar`, one that `can_share`.
         shared: the rows; their last tokens are their own.
+        run: ``run(positions, **inputs)`` gives the scalar at places [N] of the flattened inputs; the model's if null.
     """
-    scores, place = read_shared(partial(_scores_at, model), model, shared)
+    scores, place = read_shared(run or partial(_scores_at, model), model, shared)
     rest = shared.rest.to(place.device)
     return torch.where(rest > 0, scores[place.gather(1, rest[:, None]).squeeze(1)], 0.0)
 
@@ -191,8 +192,9 @@ def save_scalar(
     *,
     mean: float | None = None,
     std: float | None = None,
+    merge: bool = True,
 ) -> None:
-    """Write a reward model or critic as a folder that ``AutoModelForSequenceClassification`` loads, adapters merged.
+    """Write a reward model or critic as a folder that ``AutoModelForSequenceClassification`` loads.
 
     Args:
         model: from `load_scalar`; stays as it is but for its config.
@@ -200,12 +202,15 @@ def save_scalar(
         folder: made if missing.
         mean: mean of the scores on held-out responses, kept in config.json as ``reward_mean``; None = not measured.
         std: their standard deviation, ``reward_std``.
+        merge: add adapters to the weights. False writes adapters and head alone, for ``peft.PeftModel`` and
+            ``RewardAdapter``, mean and deviation in the file's header. Without adapters it makes no difference.
 
     Warns:
         UserWarning: padding and end share an id. Then transformers' own pooling cannot see a final end token and
             scores the token before it; `sequence_scores` is not affected.
     """
-    for key, value in (("reward_mean", mean), ("reward_std", std)):
+    moments = {"reward_mean": mean, "reward_std": std}
+    for key, value in moments.items():
         if value is not None:
             setattr(model.config, key, float(value))
         elif hasattr(model.config, key):
@@ -218,4 +223,5 @@ def save_scalar(
                 "will score the token before the end; lit_rlhf reads the mask and is not affected",
                 stacklevel=2,
             )
-    write_folder(model, tokenizer, folder)
+    about = {key: repr(float(value)) for key, value in moments.items() if value is not None}
+    save_folder(model, tokenizer, folder, merge=merge, about=about)

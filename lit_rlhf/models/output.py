@@ -52,9 +52,7 @@ def chosen_tokens(
     inputs = {"input_ids": ids, "use_cache": False} | ({} if position_ids is None else {"position_ids": position_ids})
     if after is None:
         if hidden:
-            raise ValueError(
-                f"{type(network).__name__} does more to its logits than to scale and cap them: no head can share it"
-            )
+            raise _no_stand_in(network)
         logits = model(**inputs).logits
         return chosen_from_logits(logits.flatten(0, 1).index_select(0, positions), targets, **ask)
     head = network.get_output_embeddings()
@@ -67,14 +65,25 @@ def chosen_tokens(
     return Chosen(*_at_head(model, positions, judge, **inputs))
 
 
+def _no_stand_in(network: Any) -> ValueError:
+    return ValueError(
+        f"{type(network).__name__} does more to its logits than to scale and cap them: no head can share it"
+    )
+
+
 def head_inputs(network: Any, positions: Tensor, **inputs: Any) -> Tensor:
     """Run a model and give what its output head would read, [N, d].
 
     Args:
-        network: a causal language model whose `after_head` is known.
+        network: a causal language model.
         positions: [N] long, places in the flattened inputs.
         inputs: of the model's forward.
+
+    Raises:
+        ValueError: the model cannot be run with a stand-in for its head.
     """
+    if after_head(network) is None:
+        raise _no_stand_in(network)
     (rows,) = _at_head(network, positions, lambda rows: (rows,), **inputs)
     return rows
 

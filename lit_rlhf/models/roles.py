@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
-from lit_rlhf.models.adapters import adapters_off, has_adapters
 from lit_rlhf.models.causal import token_logprobs
 from lit_rlhf.models.network import Dtype
 from lit_rlhf.models.sharding import reshard
+from lit_rlhf.models.switches import CRITIC, POLICY, adapter_of, adapters_off, has_adapters
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -147,8 +147,8 @@ def forget_in_checkpoints(module: nn.Module, prefixes: Sequence[str]) -> None:
 def keep_adapters_only(module: nn.Module, prefixes: Sequence[str]) -> None:
     """Keep only adapters and scalar heads of the named networks in a stage's state dict.
 
-    Names decide, not ``requires_grad``, so that what is saved never depends on the moment. Networks without adapters
-    are kept whole.
+    Names decide, not ``requires_grad``, so that what is saved never depends on the moment: adapters of the policy and
+    the critic are kept, those of rewards are not. Networks without adapters are kept whole.
 
     Args:
         module: the stage.
@@ -158,6 +158,6 @@ def keep_adapters_only(module: nn.Module, prefixes: Sequence[str]) -> None:
 
     def is_base(key: str) -> bool:
         own = next((key[len(prefix) :] for prefix in dotted if key.startswith(prefix)), None)
-        return own is not None and ".lora_" not in own and not own.startswith("score.")
+        return own is not None and adapter_of(own) not in (POLICY, CRITIC) and not own.startswith("score.")
 
     _leave_out(module, is_base)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_rlhf.models.foreign import announce_code
-from lit_rlhf.models.network import hub_errors, is_path, quiet
+from lit_rlhf.models.hub import hub_errors, is_path, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,5 +1,6 @@
 """Rewards: what judges a response, from a one-line rule to a learned model, and their weighted sum."""
 
+from lit_rlhf.rewards.adapter import RewardAdapter
 from lit_rlhf.rewards.combine import Rewards
 from lit_rlhf.rewards.learned import RewardModel
 from lit_rlhf.rewards.missing_eos import MissingEOS
@@ -23,6 +24,7 @@ __all__ = [
     "RegexFormat",
     "Repetition",
     "Reward",
+    "RewardAdapter",
     "RewardError",
     "RewardModel",
     "Rewards",

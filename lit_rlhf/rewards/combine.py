@@ -31,7 +31,8 @@ class Rewards(nn.Module):
     them if it takes ``**columns``. Prompts are as the dataset holds them (text, or a list of messages), completions are
     plain text, ``completion_ids`` are token ids without padding, the ending token included. ``async def`` works; all
     asynchronous rewards of a call run concurrently. What has a method ``score_rollout(rollout) -> Tensor [B]``, such as
-    ``RewardModel``, is given the rollout and its token ids instead. What has ``bind(tokenizer)`` gets the policy's.
+    ``RewardModel``, is given the rollout and its token ids instead. What has ``bind(tokenizer)`` gets the policy's;
+    what has ``attach(policy)`` gets the policy itself, before it is sharded.
 
     Args:
         rewards: functions, objects and modules; classes are given as instances.
@@ -58,11 +59,13 @@ class Rewards(nn.Module):
         # Known to PyTorch, so that a reward model moves with the stage that holds it.
         self.networks = nn.ModuleList(reward for reward in self.rewards if isinstance(reward, nn.Module))
 
-    def bind(self, tokenizer: Any) -> None:
-        """Tell the rewards that ask for it (those with a ``bind`` method) the policy's tokenizer."""
+    def bind(self, tokenizer: Any, policy: Any = None) -> None:
+        """Tell the rewards that ask for them the policy's tokenizer (``bind``) and the policy (``attach``)."""
         for reward in self.rewards:
             if hasattr(reward, "bind"):
                 reward.bind(tokenizer)
+            if policy is not None and hasattr(reward, "attach"):
+                reward.attach(policy)
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -70,51 +72,15 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: a token of the policy has another id, or none, here.
         """
-        own = load_tokenizer(self.source, trust_remote_code=self.trust_remote_code).get_vocab()
-        policy = tokenizer.get_vocab()
-        strange = sorted((i, token) for token, i in policy.items() if own.get(token) != i)
-        if strange:
-            i, token = strange[0]
-            raise ValueError(
-                f"RewardModel: {self.source!r} has another vocabulary than the policy: {len(strange)} of the policy's "
-                f"{len(policy)} tokens differ, first {token!r}, id {i} in the policy and {own.get(token, 'unknown')} "
-                "in the reward model. It scores token ids: train it from a model of the policy's family"
-            )
+        own = load_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
+        refuse_other_vocabulary(own, tokenizer, f"RewardModel: {self.source!r}")
 
     def score_rollout(self, rollout: Rollout) -> Tensor:
         """Scores [B] (float32) of the responses, each read at its last token."""
-        scores = torch.empty(len(rollout), device=rollout.mask.device)
+        whole, over = partial(sequence_scores, self.model), partial(shared_scores, self.model)
         with evaluating(self.model):
-            for rows, shared in self._passes(rollout):
-                if shared is None:
-                    part = rollout.select(rows).trim()
-                    found = sequence_scores(self.model, part.input_ids, part.input_mask)
-                else:
-                    found = shared_scores(self.model, shared)
-                scores[rows.to(scores.device)] = found.float()
+            scores = read_scores(self.model, rollout, self.batch_size, whole, over)
         return (scores - self.mean) / self.std
-
-    def _passes(self, rollout: Rollout) -> list[tuple[Tensor, Shared | None]]:
-        """Row numbers of each batch: like lengths together, or answers to a prompt where reading it once is cheaper."""
-        lengths = rollout.input_mask.sum(dim=1).cpu()
-        plain = lengths.argsort(stable=True).split(self.batch_size)
-        which = number_rows(rollout.prompt_ids, rollout.prompt_mask)
-        if len(which.unique()) < len(which) and can_share(self.model):
-            by_prompt = which.argsort(stable=True).split(self.batch_size)
-            shared = [self._shared(rollout.select(rows), which[rows]) for rows in by_prompt]
-            whole = padded_tokens(plain, lengths) + shared[0].overhead * len(plain)
-            if sum(one.cost for one in shared) < whole:
-                return list(zip(by_prompt, shared, strict=True))
-        # Sharded weights are gathered once a pass, so all processes make as many: one with fewer rows repeats a pass.
-        more = 0
-        if is_sharded(self.model):
-            count = torch.tensor(len(plain), device=rollout.mask.device)
-            torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-            more = int(count) - len(plain)
-        return [(rows, None) for rows in [*plain, *plain[-1:] * more]]
-
-    def _shared(self, part: Rollout, which: Tensor) -> Shared:
-        return shared_beginnings(part.input_ids, part.input_mask, which.unique(return_inverse=True)[1])
 
     def _moments(self) -> tuple[float, float]:
         mean, std = (getattr(self.model.config, f"reward_{key}", None) for key in ("mean", "std"))
@@ -124,3 +90,73 @@ class RewardModel(nn.Module):
                 f"found {mean} and {std}. The reward stage writes them after validation; else set normalize: false"
             )
         return float(mean), float(std)
+
+
+def refuse_other_vocabulary(own: Any, tokenizer: Any, whose: str) -> None:
+    """Refuse a policy whose token ids mean something else to a reward model.
+
+    Args:
+        own: the reward model's tokenizer.
+        tokenizer: the policy's.
+        whose: the reward model, for the error.
+
+    Raises:
+        ValueError: a token of the policy has another id, or none, there.
+    """
+    known, policy = own.get_vocab(), tokenizer.get_vocab()
+    strange = sorted((i, token) for token, i in policy.items() if known.get(token) != i)
+    if strange:
+        i, token = strange[0]
+        raise ValueError(
+            f"{whose} has another vocabulary than the policy: {len(strange)} of the policy's {len(policy)} tokens "
+            f"differ, first {token!r}, id {i} in the policy and {known.get(token, 'unknown')} in the reward model. It "
+            "scores token ids: train it from a model of the policy's family"
+        )
+
+
+def read_scores(
+    network: Any,
+    rollout: Rollout,
+    batch_size: int,
+    whole: Callable[[Tensor, Tensor], Tensor],
+    over: Callable[[Shared], Tensor],
+) -> Tensor:
+    """Scores [B] (float32) of the responses, each read at its last token, in batches that cost least.
+
+    Args:
+        network: what reads them.
+        rollout: prompts and responses.
+        batch_size: sequences that are read at once.
+        whole: scores of rows (ids, mask).
+        over: scores of rows whose beginnings are read once.
+    """
+    scores = torch.empty(len(rollout), device=rollout.mask.device)
+    for rows, shared in _passes(network, rollout, batch_size):
+        part = rollout.select(rows).trim()
+        found = whole(part.input_ids, part.input_mask) if shared is None else over(shared)
+        scores[rows.to(scores.device)] = found.float()
+    return scores
+
+
+def _passes(network: Any, rollout: Rollout, batch_size: int) -> list[tuple[Tensor, Shared | None]]:
+    """Row numbers of each batch: like lengths together, or answers to a prompt where reading it once is cheaper."""
+    lengths = rollout.input_mask.sum(dim=1).cpu()
+    plain = lengths.argsort(stable=True).split(batch_size)
+    which = number_rows(rollout.prompt_ids, rollout.prompt_mask)
+    if len(which.unique()) < len(which) and can_share(network):
+        by_prompt = which.argsort(stable=True).split(batch_size)
+        shared = [_shared(rollout.select(rows), which[rows]) for rows in by_prompt]
+        whole = padded_tokens(plain, lengths) + shared[0].overhead * len(plain)
+        if sum(one.cost for one in shared) < whole:
+            return list(zip(by_prompt, shared, strict=True))
+    # Sharded weights are gathered once a pass, so all processes make as many: one with fewer rows repeats a pass.
+    more = 0
+    if is_sharded(network):
+        count = torch.tensor(len(plain), device=rollout.mask.device)
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+        more = int(count) - len(plain)
+    return [(rows, None) for rows in [*plain, *plain[-1:] * more]]
+
+
+def _shared(part: Rollout, which: Tensor) -> Shared:
+    return shared_beginnings(part.input_ids, part.input_mask, which.unique(return_inverse=True)[1])

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_rlhf.batch import Prompts, Rollout
-from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.cache import cache_bytes, new_cache, read_on
 from lit_rlhf.models.fixed import cast_once, why_not_fixed
 from lit_rlhf.models.roles import evaluating
 from lit_rlhf.models.sharding import gathered
+from lit_rlhf.models.switches import merged
 from lit_rlhf.rollout.draw import draw, entropy_of, is_one_of, uniforms
 from lit_rlhf.rollout.edges import finish, prepare, warn_if_filtered
 from lit_rlhf.rollout.generate import GenerateSampler

@@ -70,12 +70,12 @@ class InnerLoop(LightningModule):
             self.register_buffer(counter, torch.zeros((), dtype=torch.long))
 
     def finish_setup(self, *networks: str) -> None:
-        """Introduce the rewards to the tokenizer; keep out of checkpoints what never trains.
+        """Introduce the rewards to tokenizer and policy; keep out of checkpoints what never trains.
 
         Args:
             networks: names of the networks that train; under LoRA a checkpoint holds their adapters and heads only.
         """
-        self.rewards.bind(self.tokenizer)
+        self.rewards.bind(self.tokenizer, self.policy)
         # Equal on all processes as it is; DDP would send it round before every forward pass.
         own = [] if self.average is None else [f"average.{name}" for name, _ in self.average.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = own

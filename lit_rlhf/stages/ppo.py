@@ -17,14 +17,14 @@ from lit_rlhf.models import (
     averaged,
     load_causal,
     load_tokenizer,
-    response_values,
     save_folder,
+    weights_of,
 )
 from lit_rlhf.objectives import aggregate, generalized_advantages, masked_whiten, token_rewards
 from lit_rlhf.rewards import MissingEOS, Reward, Rewards
 from lit_rlhf.rollout import DecodeSampler, Sampler, Sampling
 from lit_rlhf.stages.arguments import remember, revive
-from lit_rlhf.stages.critic import appraise, new_critic, read_both, value_terms
+from lit_rlhf.stages.critic import appraise, critic_weights, new_critic, read_both, value_terms, values_of
 from lit_rlhf.stages.guards import warn_if_silent
 from lit_rlhf.stages.inner_loop import InnerLoop
 from lit_rlhf.stages.measure import answer, judge_held_out, objective_metrics
@@ -43,7 +43,7 @@ class PPO(InnerLoop):
     """PPO as Ziegler et al. (2019), Stiennon et al. (2020) and Ouyang et al. (2022) ran it on language models.
 
     Four roles: the policy; its frozen reference; the rewards (functions, reward models, or both); and a critic, of its
-    own weights or a head on the policy. One batch of prompts is one rollout and one ``global_step``.
+    own weights, adapters on the policy's or a head on it. One batch of prompts is one rollout and one ``global_step``.
 
     Args:
         model: hub id or folder of the SFT model: the policy's first weights, and the reference.
@@ -185,8 +185,8 @@ class PPO(InnerLoop):
         return self.improve(part, *read_policy(self, part))
 
     def value_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """c_v·L_value of a critic with weights of its own."""
-        return self.fit_values(part, response_values(self.critic, part))
+        """c_v·L_value of a critic with weights of its own, or adapters."""
+        return self.fit_values(part, values_of(self, part))
 
     def joint_loss(self, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """Both, from one pass through the trunk that they share."""
@@ -224,8 +224,8 @@ class PPO(InnerLoop):
         """One AdamW with a group each for policy and critic; during the critic's warm-up the policy's rate is 0."""
         critic_lr = self.value.lr if self.value.lr is not None else self.optim.lr
         groups = {
-            "policy": (self.policy.parameters(), self.optim.lr),
-            "critic": (self.critic.parameters(), critic_lr),
+            "policy": (weights_of(self.policy).values(), self.optim.lr),
+            "critic": (critic_weights(self), critic_lr),
         }
         return configure(self, groups, self.optim, begin={"policy": self.value.warmup})
 

@@ -22,6 +22,7 @@ FIXED = (
     "network.revision",
     "network.dtype",
     "value.shared",
+    "value.adapter",
     "data.tokenizer",
     "data.chat_template",
 )

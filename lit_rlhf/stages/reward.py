@@ -164,15 +164,11 @@ class RewardModeling(LightningModule):
 
         Args:
             folder: where to.
-            merge: must be true: a reward model is exported whole, so that every loader of such folders can use it.
-
-        Raises:
-            ValueError: ``merge`` is false.
+            merge: add adapters to the weights, so that every loader of such folders can use it. False writes adapters
+                and head alone, for ``peft`` and ``RewardAdapter``.
         """
-        if not merge:
-            raise ValueError("a reward model is exported whole, with its adapters merged: leave merge at true")
         mean, std = (float(self.score_mean), float(self.score_std)) if self.was_validated else (None, None)
-        save_scalar(self.reward, self.tokenizer, folder, mean=mean, std=std)
+        save_scalar(self.reward, self.tokenizer, folder, mean=mean, std=std, merge=merge)
 
 
 def best_against_worse(scores: Tensor, batch: Pairs) -> Tensor:

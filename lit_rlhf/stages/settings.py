@@ -155,6 +155,8 @@ class Value:
         clip: how far values may move from the old ones; unclipped if null.
         lr: learning rate; the policy's if null.
         shared: the critic is a head on the policy's own trunk, read in the same pass; else a network of its own.
+        adapter: the critic is low-rank adapters and a head of its own on the policy's base weights, which are held
+            once for both; goes with ``network.lora``. ``critic`` may then name a reward model's adapter folder.
         warmup: rollouts from which only the critic learns, before the policy moves.
     """
 
@@ -162,6 +164,7 @@ class Value:
     clip: float | None = 0.2
     lr: float | None = None
     shared: bool = False
+    adapter: bool = False
     warmup: int = 0
 
     def __post_init__(self) -> None:
@@ -169,3 +172,8 @@ class Value:
         check_number("value.clip", self.clip, above=0, null=True)
         check_number("value.lr", self.lr, least=0, null=True)
         check_number("value.warmup", self.warmup, least=0, whole=True)
+        if self.shared and self.adapter:
+            raise ValueError(
+                "value.shared makes the critic a head on the policy's own states, value.adapter gives it adapters of "
+                "its own: leave out one"
+            )

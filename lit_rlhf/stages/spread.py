@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf.models import fill, shard, unsharded_trainables
-from lit_rlhf.rewards import RewardModel
+from lit_rlhf.rewards import RewardAdapter, RewardModel
 from lit_rlhf.strategies import FSDP2Strategy
 
 
@@ -52,10 +52,11 @@ def _places(trainer: Trainer) -> tuple[Any, torch.device, torch.dtype | None]:
 
 
 def networks(stage: Any) -> list[Any]:
-    """The networks of a stage: what it trains, its reference, its reward models."""
+    """The networks of a stage: what it trains, its reference, its reward models or their heads."""
     reference = getattr(stage, "reference", None)
     own = [getattr(stage, name, None) for name in ("policy", "critic", "reward")]
     judges = [one.model for one in stage.modules() if isinstance(one, RewardModel)]
+    judges += [one.head for one in stage.modules() if isinstance(one, RewardAdapter)]
     found = [*own, None if reference is None else reference.frozen, *judges]
     return [network for network in found if network is not None]
 

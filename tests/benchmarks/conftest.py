@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for folder in ("speed", "algorithms"):
+for folder in ("speed", "algorithms", "scale"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / folder))

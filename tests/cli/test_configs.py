@@ -16,7 +16,7 @@ from lit_rlhf.commands.configs import config_folder
 from lit_rlhf.models import Network, load_causal
 
 STAGES = ["sft", "reward", "ranking", "ppo", "grpo"]
-OVERLAYS = ["tiny", "lora", "fsdp", "wandb", "profile", "packed"]
+OVERLAYS = ["tiny", "lora", "roles", "fsdp", "wandb", "profile", "packed"]
 
 
 @pytest.fixture(params=STAGES)
@@ -156,6 +156,25 @@ def test_the_packed_overlay_and_a_mixture_of_sources_run_and_are_kept(cli) -> No
     assert saved["model"]["init_args"]["packing"] is True
     assert saved["data"]["init_args"]["train"] == sources
     assert torch.load(root / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_one_base_serves_four_roles(cli, sft_run: Path) -> None:
+    """The reward model is trained and exported as adapters, from which judge and critic of PPO start."""
+    root, shown = cli.folder / "runs" / "roles", ("--model.sampling.max_new_tokens", "6")
+    to = ("--export.merge", "false", "--export.folder", "runs/reward/adapters")
+    cli.fit(
+        "reward.yaml", "pref.jsonl", "--config", "lora.yaml", *to, "--trainer.default_root_dir", str(root / "reward")
+    )
+    where = ("--trainer.default_root_dir", str(root / "ppo"), "--export.folder", str(root / "model"))
+    cli.fit("ppo.yaml", "sft.jsonl", *shown, "--config", "roles.yaml", *where)
+    saved = torch.load(root / "ppo" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    kinds = {kind: sum(f".{kind}." in key for key in saved) for kind in ("default", "critic", "reward")}
+    assert kinds == {"default": 28, "critic": 28, "reward": 0}
+    assert not any("embed_tokens" in key for key in saved)
+    rows = steps(root / "ppo")
+    assert any(row["rewards/reward_adapter/mean"] for row in rows)
+    model = AutoModelForCausalLM.from_pretrained(root / "model")
+    assert not any("lora" in name for name, _ in model.named_parameters())
 
 
 def test_pretraining_text_comes_with_the_prompts_from_the_command_line(cli) -> None:

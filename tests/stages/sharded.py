@@ -17,14 +17,14 @@ from unittest.mock import patch
 import arena
 import lightning as L
 import torch
-from stages.two_ranks import shares
+from stages.two_ranks import roles, shares
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.batch import Pairs
 from lit_rlhf.models import Lora, Network, is_sharded, without_weights
 from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.models.sharding import whole
-from lit_rlhf.rewards import RewardModel
+from lit_rlhf.rewards import RewardAdapter, RewardModel
 from lit_rlhf.stages import GRPO, KL, PPO, SFT, Optim, RewardModeling, Shaping, Updates, Value
 
 ADAM = Optim(lr=1e-3, eps=1e-5)
@@ -50,6 +50,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda m, r: GRPO(m, [arena.low_ids], group_size=2, kl=KL(0.1), refresh_reference=1, ema=0.5, **RL),
         CLIP,
     ),
+    "ppo_roles": (lambda m, r: roles(m, f"{m}/../judge"), CLIP),
+    "grpo_roles": (
+        lambda m, r: GRPO(m, [RewardAdapter(f"{m}/../judge", batch_size=3)], group_size=2, network=LORA, **RL),
+        {},
+    ),
     "grpo_lora": (lambda m, r: GRPO(m, [RewardModel(r)], group_size=2, network=LORA, **RL), {}),
 }
 LOW = {  # computed in bfloat16, kept in float32
@@ -62,7 +67,14 @@ UNEVEN = {  # long rows on the first rank, short ones on the second
     "reward_uneven": CASES["reward"],
     "ppo_uneven": CASES["ppo"],
 }
-DEFERRED = ("sft_lora", "reward", "ppo", "ppo_lora", "grpo")  # read from the files by parts; the others are cut up
+DEFERRED = (
+    "sft_lora",
+    "reward",
+    "ppo",
+    "ppo_lora",
+    "ppo_roles",
+    "grpo",
+)  # read from the files by parts; the others are cut up
 
 
 def batches(name: str) -> list:

@@ -16,7 +16,7 @@ from stages import sharded
 from lit_rlhf.callbacks import Checkpoint
 from lit_rlhf.strategies import FSDP2Strategy
 
-CASES = ("sft", "reward_lora", "ppo_trunk", "ppo_lora", "grpo")
+CASES = ("sft", "reward_lora", "ppo_trunk", "ppo_lora", "ppo_roles", "grpo")
 
 
 def go(name: str, folders: str, keep_in: Path | None = None, rank: int | None = None, **settings: Any) -> torch.Tensor:

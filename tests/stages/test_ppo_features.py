@@ -368,7 +368,8 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_moves_the_weights(name, model_folder):
     kind, changes, given = SETTINGS[name]
-    assert {field.name for field in dataclasses.fields(kind)} == set(changes)
+    in_test_one_base = {"adapter"} if name == "value" else set()
+    assert {field.name for field in dataclasses.fields(kind)} == set(changes) | in_test_one_base
 
     def after(group) -> torch.Tensor:
         stage = ppo(model_folder, sampler=Tilted(), updates=Updates(epochs=2), **{name: group})

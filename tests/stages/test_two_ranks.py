@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import arena
 import pytest
 import torch
 from pair import run_pair
@@ -11,6 +12,7 @@ from stages import two_ranks
 
 SAME = {
     "sft": (),
+    "ppo_roles": ("objective/scores", "value/loss", "critic/grad_norm", "policy/grad_norm"),
     "ppo_whole": ("objective/scores", "objective/kl_coef", "pretraining/loss"),
     "grpo_whole": ("objective/scores",),
     "grpo_batch": ("objective/scores",),
@@ -23,6 +25,7 @@ def on_two(model_folder, tmp_path_factory) -> dict[str, list]:
     """By stage, weights and metrics after every batch, of each rank; all from one pair of processes."""
     out = tmp_path_factory.mktemp("ranks")
     names = [*SAME, "ppo", "grpo", "grpo_groups", "grpo_full", "sft_skip"]
+    arena.reward_on_adapters(model_folder, f"{model_folder}_judge")
     run_pair(Path(two_ranks.__file__), out, model_folder, str(out), *names)
     return {name: [torch.load(out / f"{name}_{rank}.pt") for rank in range(2)] for name in names}
 

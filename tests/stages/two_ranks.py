@@ -15,8 +15,9 @@ import arena
 import lightning as L
 import torch
 
+from lit_rlhf.models import Lora, Network
 from lit_rlhf.models.lengths import PASS_TOKENS
-from lit_rlhf.rewards import Steps
+from lit_rlhf.rewards import RewardAdapter, Steps
 from lit_rlhf.stages import GRPO, KL, PPO, SFT, Advantages, Optim, Shaping, Updates, Value
 
 ADAM = Optim(lr=1e-3, eps=1e-5)
@@ -92,6 +93,20 @@ def ppo_whole(folder: str):
     return stage, [arena.prompts(8, seed=i).with_(pretraining=arena.examples(5 + i, seed=i)) for i in (0, 1)]
 
 
+def roles(folder: str, judge: str):
+    """Policy, critic, reward and reference on one base."""
+    return PPO(
+        folder,
+        rewards=[RewardAdapter(judge, batch_size=3)],
+        network=Network(lora=Lora(r=2)),
+        sampling=arena.SHORT,
+        optim=ADAM,
+        updates=Updates(epochs=2, micro_batch_tokens=40),
+        value=Value(adapter=True, lr=2e-3),
+        ema=0.5,
+    )
+
+
 def build(name: str, folder: str, devices: int) -> tuple[L.LightningModule, list, list[list]]:
     """The stage, the batches of one process, and those of each of two ranks."""
     both = {"sampling": arena.SHORT, "group_size": 2, "optim": ADAM}
@@ -109,6 +124,8 @@ def build(name: str, folder: str, devices: int) -> tuple[L.LightningModule, list
     updates = Updates(epochs=2, micro_batch_tokens=40)
     if name == "sft":
         stage, whole = SFT(folder, optim=Optim(lr=1e-3)), [arena.examples(8)] * 2
+    elif name == "ppo_roles":
+        stage = roles(folder, f"{folder}_judge")
     elif name == "ppo_whole":
         stage, whole = ppo_whole(folder)
     elif name == "grpo_batch":
