@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/lit-rlhf demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: .venv/ready
 	$(BIN)/ruff check

@@ -23,7 +23,7 @@ POLL = 0.2  # seconds between looks into the store
 OWN = 0.5  # seconds in which a process may turn out to have failed as well, and has its own story to tell
 GRACE = 5.0  # seconds in which a process may end by itself, once another one has failed
 PATIENCE = 60.0  # seconds in which the others follow a rank that left by itself
-GREETING = 10.0  # seconds in which a new connection must say who it is
+GREETING = 60.0  # seconds in which a connection is made, and a new one must say who it is; a busy machine is slow
 
 
 class Links(threading.Thread):

@@ -1,4 +1,4 @@
-"""How a network is loaded: the settings, the door that refuses what cannot be loaded, and the loading itself."""
+"""How a network is loaded: the settings, and the loading itself, at once or as a shape to be filled later."""
 
 from __future__ import annotations
 

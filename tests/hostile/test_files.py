@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,13 +42,24 @@ def test_a_file_that_cannot_be_read_is_named(case: File, tmp_path: Path, tokeniz
     assert len(said) < 900
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(tmp_path: Path, tokenizer_folder: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(JSONL, encoding="utf-8")
-    path.chmod(0)
-    with pytest.raises(DataError, match=r"rows.jsonl cannot be read: .*Permission denied"):
-        SFTData(str(path), tokenizer=tokenizer_folder).setup("fit")
+def test_a_file_without_permission(tokenizer_folder: str) -> None:
+    """As somebody who is not root, who may read everything."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder, me = Path(name), os.geteuid()
+        folder.chmod(0o755)
+        tokenizer = shutil.copytree(tokenizer_folder, folder / "tokenizer")
+        for one in (tokenizer, *tokenizer.rglob("*")):
+            one.chmod(0o755)
+        path = folder / "rows.jsonl"
+        path.write_text(JSONL, encoding="utf-8")
+        path.chmod(0)
+        data = SFTData(str(path), tokenizer=str(tokenizer))
+        os.seteuid(65534 if me == 0 else me)
+        try:
+            with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: .*Permission denied"):
+                data.setup("fit")
+        finally:
+            os.seteuid(me)
 
 
 def test_a_held_out_split_of_a_file_that_has_none(tmp_path: Path, tokenizer_folder: str) -> None:
