@@ -76,15 +76,20 @@ def write_own(tree: Any, folder: Path, rank: int, world: int) -> Any:
 
 def begin(folder: Path) -> None:
     """Make an empty folder under the unfinished name; one process does, before any writes its part."""
-    shutil.rmtree(unfinished(folder), ignore_errors=True)
+    discard(folder)
     unfinished(folder).mkdir(parents=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove what was written under the unfinished name."""
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
 def finish(rest: dict[str, Any], folder: Path, world: int) -> None:
     """Write what is in no part and give the folder its name; one process does, after all have written theirs."""
     write({**rest, "parts": world}, unfinished(folder) / META)
     if folder.is_dir() and not folder.is_symlink():
-        outdated = folder.with_name(f".{folder.name}.outdated")
+        outdated = unfinished(folder.with_name(f"outdated-{folder.name}"))  # `sweep` knows it
         shutil.rmtree(outdated, ignore_errors=True)
         os.replace(folder, outdated)
         os.replace(unfinished(folder), folder)
@@ -106,7 +111,7 @@ def is_in_parts(path: str | os.PathLike[str]) -> bool:
 
 
 def read_parts(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint in parts: files are checked and mapped, a sharded tensor is a `Pieces`.
+    """Read a checkpoint in parts: all files are checked, the parts mapped; a sharded tensor is a `Pieces`.
 
     Args:
         folder: of the checkpoint.
@@ -115,7 +120,7 @@ def read_parts(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: a part is missing or damaged.
     """
     folder = Path(folder)
-    meta = read(folder / META, mmap=True)
+    meta = read(folder / META)
     world = meta.pop("parts")
     names = [folder / f"{rank:05d}-of-{world:05d}.ckpt" for rank in range(world)]
     if missing := [path.name for path in names if not path.is_file()]:

@@ -108,7 +108,7 @@ def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder (a sharded checkpoint); name a .ckpt file" if path.is_dir() else "is not there"
+        what = f"is a folder without {META}: none in parts, or not all of one" if path.is_dir() else "is not there"
         raise FileNotFoundError(f"checkpoint {path} {what}")
     about = path.stat()
     if fault := _fault(str(path.resolve()), about.st_mtime_ns, about.st_size):
@@ -128,7 +128,7 @@ def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
     return found
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # a file a process
 def _fault(path: str, changed: int, size: int) -> str:
     """What is wrong with the bytes of a file; empty if nothing. ``changed`` and ``size`` tell its versions apart."""
     try:

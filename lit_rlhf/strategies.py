@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lit_rlhf.checkpoint_parts import Pieces, begin, each, finish, map_any, write_own
+from lit_rlhf.checkpoint_parts import Pieces, begin, discard, each, finish, map_any, write_own
 from lit_rlhf.models.sharding import own_rows, sharded_as, whole
 
 TIMEOUT = timedelta(minutes=30)
@@ -72,43 +74,43 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         Raises:
             OSError: it could not be written; where a `Checkpoint` saves, it says so and training goes on.
+            MisconfigurationException: parts are to go to an object store.
         """
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
-        folder = Path(self.broadcast(filepath))
-        failed = self._first_failure(lambda: begin(folder) if self.is_global_zero else None)
-        rest: list[Any] = []
+        if "://" in str(filepath):
+            raise MisconfigurationException(f"{filepath}: parts go to a folder on a disk; set save_parts: false")
+        folder, rest = Path(self.broadcast(filepath)), []
+        steps = (
+            lambda: begin(folder) if self.is_global_zero else None,
+            lambda: rest.append(write_own(checkpoint, folder, self.global_rank, self.world_size)),
+            lambda: finish(rest[0], folder, self.world_size) if self.is_global_zero else None,
+        )
+        failed = next((error for step in steps if (error := self._first_failure(step)) is not None), None)
         if failed is None:
-            failed = self._first_failure(
-                lambda: rest.append(write_own(checkpoint, folder, self.global_rank, self.world_size))
-            )
-        if failed is None:
-            failed = self._first_failure(
-                lambda: finish(rest[0], folder, self.world_size) if self.is_global_zero else None
-            )
-        if failed is not None:
-            self._report(folder, failed)
-
-    def _first_failure(self, work: Any) -> OSError | None:
-        """Do a piece of work; the first error of any process, so that all stop together."""
-        error: OSError | None = None
-        try:
-            work()
-        except OSError as found:
-            error = found
-        everyone: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(everyone, None if error is None else (error.errno, error.strerror))
-        first = next(((rank, one) for rank, one in enumerate(everyone) if one is not None), None)
-        return None if first is None else OSError(first[1][0], f"{first[1][1]} (process {first[0]})")
-
-    def _report(self, folder: Path, error: OSError) -> None:
+            return
+        if self.is_global_zero:
+            discard(folder)  # a full disk needs the room
         report = getattr(self.checkpoint_io, "report", None)
         if report is None:
-            raise error
-        if self.is_global_zero:
-            report(folder, error)
+            raise failed
+        report(folder, failed)
+
+    def _first_failure(self, work: Callable[[], Any]) -> OSError | None:
+        """Do a piece of work; the first error of any process, so that all stop together."""
+        failure = None
+        try:
+            work()
+        except OSError as error:
+            failure = error.errno, error.strerror or str(error)
+        everyone: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyone, failure)
+        for rank, found in enumerate(everyone):
+            if found is not None:
+                return OSError(found[0], f"{found[1]} (process {rank})")
+        return None
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +121,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Map a checkpoint into memory; each process then takes the rows that it holds."""
-        return map_any(self.broadcast(checkpoint_path))
+        path = self.broadcast(checkpoint_path)
+        return self.checkpoint_io.load_checkpoint(path) if "://" in str(path) else map_any(path)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Put the weights into the stage."""
@@ -142,7 +145,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 def _cut(value: Any, like: Any) -> Any:
     """This process's rows of a whole tensor, or of one in pieces, where ``like`` is sharded and of its shape."""
     if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
-        return value[:] if isinstance(value, Pieces) else value
+        # No part of the mapped file is kept: it would hold its place on the disk when the checkpoint is removed.
+        return value[:] if isinstance(value, Pieces) else value.clone() if isinstance(value, Tensor) else value
     own, first = own_rows(like)
     return sharded_as(value[first : first + len(own)].to(own.device, own.dtype, copy=True), like)
 

@@ -47,6 +47,17 @@ def sharded_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(params=[0, 1, 2])
+def mesh_of_three(request):
+    """A mesh of three processes as one of them sees it; the others are not there, and what is sent is lost."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=request.param, world_size=3, store=FakeStore())
+    yield init_device_mesh("cpu", (3,))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def tokenizer():
     """The byte tokenizer."""

@@ -7,6 +7,7 @@ the safetensors files the rows that this process holds.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def fill(model: Any, device: torch.device) -> None:
         if key in buffers:
             buffer.copy_(buffers[key])
     for key, weight in _stored(model).items():
-        if key in buffers:
+        if key in buffers and key not in deferred.aliases:  # computed when the network was built
             continue
         own, first = own_rows(weight)
         if own.numel():
@@ -161,16 +162,20 @@ def _folder(name: str, revision: str | None) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+    wanted = ["model*.safetensors", "*.json"]  # the same weights may be there in other formats
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def _names(folder: Path) -> dict[str, Path]:
-    """File of each weight in a folder."""
+    """File of each weight in a folder; of several files those that transformers reads: one, or what the index names."""
     from safetensors import safe_open
 
+    alone, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    names = [alone.name]
+    if not alone.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (folder / name for name in names):
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
@@ -210,7 +215,8 @@ def _why_not(model: Any, missing: set[str], dtype: torch.dtype) -> str | None:
         return f"its files have other names for weights than the network, for instance for {min(missing)}"
     if getattr(model.config, "quantization_config", None) is not None:
         return "it is quantised"
-    if dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules", None):
+    always, over_float16 = (getattr(model, f"_keep_in_fp32_modules{how}", None) for how in ("_strict", ""))
+    if (always and dtype != torch.float32) or (over_float16 and dtype == torch.float16):
         return "a part of it stays in float32"
     return None
 

@@ -63,7 +63,7 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
     if not hasattr(like, "full_tensor"):
         return value
     own, first = own_rows(like)
-    rows = value[first : first + len(own)].to(own.device)
+    rows = value[first : first + len(own)].to(own.device, copy=True)  # a view would keep the whole
     return sharded_as(rows, like)
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lit_rlhf.callbacks import SafeWandbLogger
-from lit_rlhf.commands.train import loggers
+from lit_rlhf.commands.train import CLI, loggers
+from lit_rlhf.models.deferred import _DEFERS
 
 
 def test_stacked_configs_lose_no_callback(cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,3 +100,23 @@ def test_a_run_that_is_resumed_from_its_end_is_the_longer_run(cli) -> None:
     cli.fit("sft.yaml", "sft.jsonl", *plain(rest, 3, *constant, "--ckpt_path", str(last)))
     weights = [(root / "model" / "model.safetensors").read_bytes() for root in (whole, half, rest)]
     assert weights[2] == weights[0] != weights[1]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shards"),
+    [
+        ("fsdp2", True),
+        (Namespace(class_path="lit_rlhf.strategies.FSDP2Strategy"), True),
+        (Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy"), True),
+        ("auto", False),
+        (Namespace(class_path="lightning.pytorch.strategies.DDPStrategy"), False),
+    ],
+)
+def test_no_process_loads_whole_what_will_be_sharded(strategy, shards, monkeypatch):
+    seen = []
+    monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda cli: seen.append(_DEFERS.get()))
+    cli = object.__new__(CLI)
+    cli.subcommand, cli.config = "fit", Namespace(fit=Namespace(trainer=Namespace(strategy=strategy)))
+    cli.instantiate_classes()
+    assert seen == [shards]
+    assert not _DEFERS.get()

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_rlhf import checkpoint_parts
 from lit_rlhf.checkpoint_parts import Pieces, begin, finish, map_any, read_any, unfinished, write_own
-from lit_rlhf.checkpoints import CheckpointError, newest
+from lit_rlhf.checkpoints import CheckpointError, newest, sweep, write
 from lit_rlhf.commands.resume import to_resume_from
+from lit_rlhf.strategies import FSDP2Strategy
 
 WEIGHT, BIAS = torch.arange(21.0).view(7, 3), torch.arange(2.0)
 
@@ -64,7 +66,7 @@ def test_what_is_written_in_parts_is_read_whole(world, tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("others", [1, 2, 4, 7])
+@pytest.mark.parametrize("others", [1, 2, 4, 5, 7, 9])
 def test_another_number_of_processes_finds_its_rows(world, others, tmp_path):
     pieces = map_any(saved(tmp_path, world))["state_dict"]["weight"]
     assert isinstance(pieces, Pieces)
@@ -91,6 +93,68 @@ def test_a_checkpoint_is_written_over(tmp_path):
     assert sorted(one.name for one in path.iterdir()) == ["00000-of-00002.ckpt", "00001-of-00002.ckpt", "meta.ckpt"]
     assert [one.name for one in tmp_path.iterdir()] == ["step=1.ckpt"]
     assert torch.equal(read_any(path)["state_dict"]["weight"], WEIGHT + 1)
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
+    """As ``last.ckpt`` is, where the newest is not among the best."""
+    good = saved(tmp_path, step=1)
+    (tmp_path / "step=2.ckpt").symlink_to(good.name)
+    saved(tmp_path, step=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
+    assert [int(read_any(tmp_path / f"step={step}.ckpt")["global_step"]) for step in (1, 2)] == [1, 2]
+
+
+def test_the_name_is_on_the_disk_when_a_save_returns(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoint_parts, "flush", lambda folder: seen.append((folder, sorted(os.listdir(folder)))))
+    saved(tmp_path)
+    assert seen == [(tmp_path, ["step=1.ckpt"])]
+
+
+def test_what_a_kill_left_of_writing_over_is_swept(tmp_path, monkeypatch):
+    path, rename = saved(tmp_path), os.replace
+
+    def killed(source: Path, place: Path) -> None:
+        if Path(place) == path:
+            raise KeyboardInterrupt
+        rename(source, place)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path)
+    left = list(tmp_path.iterdir())
+    assert len(left) == 2
+    for one in left:
+        os.utime(one, (1, 1))
+    sweep([tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mapped_checkpoint_is_let_go(tmp_path):
+    """Else a checkpoint that was removed would hold its place on the disk until the run ends."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    path, strategy = tmp_path / "step=1.ckpt", FSDP2Strategy()
+    write({"state_dict": {}, "optimizer_states": [optimizer.state_dict()]}, path)
+    strategy.optimizers = [torch.optim.AdamW([weight])]
+    checkpoint, maps = map_any(path), Path("/proc/self/maps")
+    assert not maps.exists() or str(path) in maps.read_text()
+    strategy.load_optimizer_state_dict(checkpoint)
+    del checkpoint
+    (state,) = strategy.optimizers[0].state.values()
+    assert state["step"] == 1
+    assert torch.equal(state["exp_avg"], optimizer.state[weight]["exp_avg"])
+    assert not maps.exists() or str(path) not in maps.read_text()
+
+
+def test_object_stores_take_files_and_no_parts(monkeypatch):
+    with pytest.raises(MisconfigurationException, match="save_parts: false"):
+        FSDP2Strategy(save_parts=True).save_checkpoint({}, "s3://bucket/step=1.ckpt")
+    strategy = FSDP2Strategy()
+    monkeypatch.setattr(strategy.checkpoint_io, "load_checkpoint", lambda path: {"from": path})
+    assert strategy.load_checkpoint("s3://bucket/step=1.ckpt") == {"from": "s3://bucket/step=1.ckpt"}
 
 
 def flip(path: Path) -> None:

@@ -5,14 +5,18 @@ usage: LOCAL_RANK=… MASTER_PORT=… sharded_resume.py FOLDERS OUT ALONE
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from stages import sharded
 
+from lit_rlhf import checkpoint_parts
 from lit_rlhf.callbacks import Checkpoint
 from lit_rlhf.strategies import FSDP2Strategy
 
@@ -42,6 +46,21 @@ def go_sharded(name: str, folders: str, form: str, rank: int, **more: Any) -> to
     return go(name, folders, rank=rank, strategy=FSDP2Strategy(save_parts=form == "parts"), **more)
 
 
+def go_with_a_full_disk(folders: str, kept: Path, rank: int) -> dict[str, Any]:
+    """One process cannot write its part of the first checkpoint."""
+    write = checkpoint_parts.write
+
+    def fail(part: dict[str, Any], path: Path) -> None:
+        if rank == 1 and "step=1" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(part, path)
+
+    with patch.object(checkpoint_parts, "write", fail), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        weights = go_sharded("sft", folders, "parts", rank, keep_in=kept)
+    return {"weights": weights, "said": "\n".join(str(one.message) for one in seen)}
+
+
 def main(folders: str, out: str, alone: str) -> None:
     torch.set_num_threads(1)
     rank, found = int(os.environ["LOCAL_RANK"]), {}
@@ -52,6 +71,7 @@ def main(folders: str, out: str, alone: str) -> None:
             found[name, form, "went on"] = go_sharded(name, folders, form, rank, ckpt_path=str(kept / "step=1.ckpt"))
         ckpt_path = f"{alone}/{name}/step=1.ckpt"
         found[name, "from one process"] = go_sharded(name, folders, "file", rank, ckpt_path=ckpt_path)
+    found["full disk"] = go_with_a_full_disk(folders, Path(out) / "full", rank)
     torch.save(found, Path(out) / f"found_{rank}.pt")
 
 

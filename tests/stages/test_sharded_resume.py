@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_a_folder_of_parts_is_exported_like_a_file(kept, tmp_path):
         found.append(load_file(tmp_path / form / "model.safetensors"))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+def test_a_part_that_cannot_be_written_costs_one_checkpoint(kept):
+    """All processes give it up and remove the other parts; the run goes on and saves the next."""
+    out, _, ranks = kept
+    said = ranks[0]["full disk"]["said"]
+    assert re.search(r"NOT SAVED at step 1: .*step=1.ckpt: No space left on device \(process 1\) \(errno 28\)", said)
+    for found in ranks:
+        assert torch.equal(found["full disk"]["weights"], found["sft", "parts", "whole run"])
+    assert [path.name for path in (out / "full").iterdir()] == ["step=2.ckpt"]
 
 
 def test_a_part_that_is_missing_is_named(kept, tmp_path):
