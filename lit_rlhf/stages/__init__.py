@@ -5,10 +5,9 @@ from lit_rlhf.stages.grpo import GRPO
 from lit_rlhf.stages.optim import Optim
 from lit_rlhf.stages.ppo import PPO
 from lit_rlhf.stages.reward import RewardModeling
-from lit_rlhf.stages.settings import KL, Advantages, Clip, Correction, Entropy, Value
+from lit_rlhf.stages.settings import KL, Advantages, Clip, Correction, Entropy, Updates, Value
 from lit_rlhf.stages.sft import SFT
 from lit_rlhf.stages.shaping import Shaping
-from lit_rlhf.stages.updates import Updates
 
 __all__ = [
     "GRPO",

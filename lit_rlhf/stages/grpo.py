@@ -29,8 +29,7 @@ from lit_rlhf.stages.measure import answer, group_metrics, judge_held_out, seque
 from lit_rlhf.stages.optim import Optim, configure
 from lit_rlhf.stages.penalties import kl_to_reference, policy_terms, read_policy, steer_kl
 from lit_rlhf.stages.reading import recall
-from lit_rlhf.stages.settings import KL, Advantages, Clip, Correction, Entropy
-from lit_rlhf.stages.updates import Updates
+from lit_rlhf.stages.settings import KL, Advantages, Clip, Correction, Entropy, Updates
 
 
 class GRPO(InnerLoop):

@@ -28,11 +28,12 @@ from lit_rlhf.stages.halving import Halving
 from lit_rlhf.stages.memory import explained, microbatch_sizes
 from lit_rlhf.stages.optim import Optim
 from lit_rlhf.stages.penalties import steer_penalty
+from lit_rlhf.stages.ranks import over_ranks
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
-from lit_rlhf.stages.settings import KL, Clip
+from lit_rlhf.stages.settings import KL, Clip, Updates
 from lit_rlhf.stages.spread import spread
-from lit_rlhf.stages.updates import Plan, Updates
+from lit_rlhf.stages.updates import Plan
 
 
 class InnerLoop(LightningModule):
@@ -220,20 +221,15 @@ class InnerLoop(LightningModule):
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """Average over the processes; itself where there is one."""
-        return self._over_ranks(value, "mean")
+        return over_ranks(self.trainer, value, "mean")
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Add up over the processes; itself where there is one."""
-        return self._over_ranks(value, "sum")
+        return over_ranks(self.trainer, value, "sum")
 
     def max_over_ranks(self, value: Tensor) -> Tensor:
         """The largest over the processes, elementwise; itself where there is one."""
-        return self._over_ranks(value, "max")
-
-    def _over_ranks(self, value: Tensor, how: str) -> Tensor:
-        if self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value.to(self.device, copy=True), reduce_op=how)  # it works in place
+        return over_ranks(self.trainer, value, "max")
 
     def _log_rollout(self) -> None:
         """Everything that was learned about this rollout, in one all-reduce and one call."""

@@ -32,9 +32,8 @@ from lit_rlhf.stages.optim import Optim, configure, forget_moments
 from lit_rlhf.stages.penalties import kl_to_reference, policy_terms, read_policy, steer_kl
 from lit_rlhf.stages.pretraining import pretraining_loss, pretraining_texts
 from lit_rlhf.stages.reading import judge, recall
-from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy, Value
+from lit_rlhf.stages.settings import KL, Clip, Correction, Entropy, Updates, Value
 from lit_rlhf.stages.shaping import ScoreShaping, Shaping, step_rewards
-from lit_rlhf.stages.updates import Updates
 
 Loss = Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]]
 

@@ -7,6 +7,21 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 
+def over_ranks(trainer: Trainer, value: Tensor, how: str) -> Tensor:
+    """Sum, mean or maximum over the processes, elementwise; itself where there is one. Every process must call.
+
+    Args:
+        trainer: of the run.
+        value: a tensor, of the same shape everywhere.
+        how: "sum", "mean" or "max".
+    """
+    if trainer.world_size == 1:
+        return value
+    own = value.to(trainer.strategy.root_device, copy=True)  # it is reduced in place
+    found: Tensor = trainer.strategy.reduce(own, reduce_op=how)
+    return found
+
+
 def sum_over_ranks(trainer: Trainer, *values: Tensor) -> Tensor:
     """Add up numbers over the processes, all in one reduction; every process must call.
 
@@ -17,8 +32,4 @@ def sum_over_ranks(trainer: Trainer, *values: Tensor) -> Tensor:
     Returns:
         One sum each, [len(values)] in float32.
     """
-    stacked = torch.stack([value.detach().float() for value in values])
-    if trainer.world_size == 1:
-        return stacked
-    total: Tensor = trainer.strategy.reduce(stacked, reduce_op="sum")  # in place, of a tensor that is ours
-    return total
+    return over_ranks(trainer, torch.stack([value.detach().float() for value in values]), "sum")

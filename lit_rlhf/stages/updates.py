@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,43 +13,12 @@ from torch import Tensor
 from lit_rlhf.batch import Examples, Rollout
 from lit_rlhf.models.lengths import pass_tokens
 from lit_rlhf.models.prefix import number_rows
-from lit_rlhf.ranges import check_number
 from lit_rlhf.stages.minibatch import Minibatch
+from lit_rlhf.stages.settings import Updates
 
 TermT = TypeVar("TermT")
 
 _FORWARD_ONLY = 4  # without a backward pass activations are not kept: so many times as many tokens fit a pass
-
-
-@dataclass
-class Updates:
-    """How a rollout becomes optimizer steps.
-
-    Args:
-        epochs: passes over each rollout.
-        minibatches: optimizer steps a pass.
-        micro_batch_tokens: tokens of a forward pass, padding included; bounds memory and changes no result. Rows of
-            like length are read together. A whole minibatch may be one pass if null.
-        target_kl: stop a rollout's updates once a minibatch's approximate KL to the old policy passes this.
-        halve_on_oom: where memory runs out in an update, halve ``micro_batch_tokens`` for the rest of the run and make
-            the optimizer step again; else stop with an error. On one process and under ddp.
-        sampler_gap: the sampler's log-probs serve as the old ones while, on a sample of rows, none differs from the
-            trainer's by more than this, in nats; else all rows are read again. 0 reads them always.
-    """
-
-    epochs: int = 1
-    minibatches: int = 1
-    micro_batch_tokens: int | None = 16_384
-    target_kl: float | None = None
-    halve_on_oom: bool = False
-    sampler_gap: float = 1e-4
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches"):
-            check_number(f"updates.{name}", getattr(self, name), least=1, whole=True)
-        check_number("updates.micro_batch_tokens", self.micro_batch_tokens, least=1, whole=True, null=True)
-        check_number("updates.target_kl", self.target_kl, above=0, null=True)
-        check_number("updates.sampler_gap", self.sampler_gap, least=0)
 
 
 class Plan:

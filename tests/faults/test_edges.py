@@ -15,6 +15,7 @@ from lit_rlhf.data import DataError, PreferenceData, PromptData, SFTData
 from lit_rlhf.models import load_tokenizer
 from lit_rlhf.rollout import DecodeSampler, Sampling
 from lit_rlhf.stages import GRPO, KL, PPO, SFT, Optim, RewardModeling
+from lit_rlhf.stages.spread import networks
 
 ADAM = Optim(lr=1e-3)
 RL = {GRPO: {"group_size": 4, "kl": KL(0.0)}, PPO: {}}
@@ -198,7 +199,8 @@ def test_a_vocabulary_larger_than_the_tokenizer_trains(stage, tmp_path):
         model.resize_token_embeddings(320)
     with torch.no_grad():
         model.lm_head.weight[259:] *= 100  # so that tokens are drawn which the tokenizer does not know
-    fit(stage, folder_with(tmp_path, model), rows_of(stage), tmp_path)
+    trained, _ = fit(stage, folder_with(tmp_path, model), rows_of(stage), tmp_path)
+    assert networks(trained)[0].get_input_embeddings().num_embeddings == 320
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_rlhf.models import Lora, Network
 from lit_rlhf.models.lengths import PASS_TOKENS
 from lit_rlhf.stages import GRPO, PPO, Optim
-from lit_rlhf.stages.updates import Plan, Updates
+from lit_rlhf.stages.settings import Updates
+from lit_rlhf.stages.updates import Plan
 
 
 def ppo(folder: str, **knobs) -> PPO:
