@@ -57,6 +57,18 @@ def test_scores_are_those_of_each_row_alone(reward_folder: Path, batch_size: int
     assert not scores.requires_grad
 
 
+@pytest.mark.parametrize("others", [1, 4, 6])
+def test_sharded_it_makes_as_many_passes_as_the_process_with_most_rows(reward_folder, others, monkeypatch) -> None:
+    """Else that one would wait forever for weights; a pass more changes no score."""
+    monkeypatch.setattr("lit_rlhf.rewards.learned.is_sharded", lambda model: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, op: count.clamp_(min=others))
+    judge, passes = RewardModel(str(reward_folder), batch_size=2), []
+    judge.model.register_forward_hook(lambda *_: passes.append(1))
+    scores = judge.score_rollout(rollout())
+    torch.testing.assert_close(scores, expected(reward_folder, rollout()), atol=2e-6, rtol=1e-5)
+    assert len(passes) == max(4, others)
+
+
 def test_a_forward_pass_is_no_wider_than_its_longest_row(reward_folder: Path) -> None:
     model = RewardModel(str(reward_folder), batch_size=2)
     shapes = []
