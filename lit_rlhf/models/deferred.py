@@ -174,6 +174,8 @@ def _names(folder: Path) -> dict[str, Path]:
     names = [alone.name]
     if not alone.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    if strange := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {strange[0]!r} for weights, which is no file of its folder: refused")
     found: dict[str, Path] = {}
     for path in (folder / name for name in names):
         with safe_open(path, framework="pt") as file:

@@ -21,7 +21,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     Raises:
         FileNotFoundError: no tokenizer there.
-        ValueError: it has neither a padding nor an end token.
+        ValueError: it has neither a padding nor an end token, or names a chat template like a path.
     """
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -36,6 +36,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         if trust_remote_code:
             announce_code(name, None, get_tokenizer_config(name), "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    templates = tokenizer.chat_template
+    for template in templates if isinstance(templates, dict) else ():
+        if Path(template).name != template:  # an export writes each to a file of its name
+            raise ValueError(f"the tokenizer of {name} names a chat template {template!r}, which is a path: refused")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name} has neither a pad token nor an eos token: give it one of them")

@@ -16,7 +16,7 @@ import torch
 
 import lit_rlhf
 from lit_rlhf.checkpoints import write
-from lit_rlhf.models import Network, load_causal, load_tokenizer
+from lit_rlhf.models import Network, load_causal, load_tokenizer, without_weights
 
 PACKAGE = Path(lit_rlhf.__file__).parent
 ROOT = PACKAGE.parent
@@ -171,3 +171,27 @@ def test_a_token_is_in_no_file_of_a_run_and_in_no_output(cli, workspace: Path, t
 def test_the_audit_command_stands_in_contributing():
     assert "pip-audit -r constraints.txt" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert os.path.exists(ROOT / "SECURITY.md")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b"])
+def test_a_chat_template_that_is_called_like_a_path_is_refused(name: str, tmp_path: Path) -> None:
+    """Saving a tokenizer writes each of its templates to a file of that name."""
+    tiny.save_tiny(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    for jinja in tmp_path.glob("*.jinja"):
+        jinja.unlink()
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "y"}]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": templates}))
+    with pytest.raises(ValueError, match="which is a path: refused"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../model-1.safetensors", "/tmp/model.safetensors"])
+def test_an_index_that_names_files_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny.save_tiny(folder)
+    (folder / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    (folder / "other.safetensors").touch()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with without_weights(), pytest.raises(ValueError, match="no file of its folder: refused"):
+        load_causal(str(folder))
