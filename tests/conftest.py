@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -67,3 +69,12 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _end_of_wandb() -> Iterator[None]:
+    """A W&B run lasts until its process ends: the next test would find it in progress."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()

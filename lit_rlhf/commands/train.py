@@ -109,6 +109,8 @@ class CLI(LightningCLI):
         try:
             for section in ("model", "data"):
                 given = self._get(self.config, section)
+                if given is None:  # that one is missing, the parser says
+                    continue
                 check_groups(section, given.class_path, vars(given.get("init_args") or {}))
             with without_weights() if self._shards() else nullcontext():
                 super().instantiate_classes()

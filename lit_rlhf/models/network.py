@@ -117,14 +117,15 @@ def load_config(name: str, network: Network) -> Any:
 
 
 def _load_whole(auto_class: Any, name: str, config: Any, settings: dict[str, Any]) -> tuple[Any, set[str]]:
-    model, report = auto_class.from_pretrained(
-        name,
-        config=config,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-        **settings,
-    )
+    with hub_errors(name, "model with safetensors weights"):
+        model, report = auto_class.from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **settings,
+        )
     for key, of_file, of_config in sorted(report["mismatched_keys"])[:1]:
         raise ValueError(
             f"the weights of {name} do not fit its config.json: {key} is {list(of_file)} in the files, "
@@ -152,9 +153,10 @@ def load_weights(auto_class: Any, name: str, config: Any, network: Network, seed
         "revision": network.revision,
         "trust_remote_code": network.trust_remote_code,
     }
-    with torch.random.fork_rng(devices=[]), hub_errors(name, "model with safetensors weights"), quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.random.default_generator.manual_seed(seed)
-        empty = build_empty(auto_class, name, config, settings)
+        with hub_errors(name, "model with safetensors weights"):
+            empty = build_empty(auto_class, name, config, settings)
         if empty is not None:
             model, missing = empty
         else:

@@ -107,7 +107,7 @@ def test_a_run_that_is_resumed_from_its_end_is_the_longer_run(cli) -> None:
     [
         ("fsdp2", True),
         (Namespace(class_path="lit_rlhf.strategies.FSDP2Strategy"), True),
-        (Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy"), True),
+        (Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy"), False),
         ("auto", False),
         (Namespace(class_path="lightning.pytorch.strategies.DDPStrategy"), False),
     ],

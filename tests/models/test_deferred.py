@@ -65,14 +65,14 @@ def test_weights_are_read_once(model_folder):
     assert (later.lm_head.weight == 2).all()
 
 
-def test_a_weight_of_another_shape_is_left_to_transformers(tmp_path):
+def test_a_weight_of_another_shape_is_refused_by_name(tmp_path):
     tiny.tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {"lm_head.weight": torch.zeros(3, 4)}, path, metadata={"format": "pt"})
     with (
         without_weights(),
         pytest.warns(UserWarning, match="loaded whole by every process"),
-        pytest.raises(RuntimeError, match="mismatched_sizes"),
+        pytest.raises(ValueError, match=r"^the weights of .* do not fit its config.json: lm_head.weight is \[3, 4\]"),
     ):
         load_causal(str(tmp_path))
 
