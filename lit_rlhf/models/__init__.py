@@ -22,7 +22,7 @@ from lit_rlhf.models.network import Dtype, Lora, Network, fits
 from lit_rlhf.models.noise import embedding_noise, uniform_noise
 from lit_rlhf.models.packing import packed_next_token_logprobs
 from lit_rlhf.models.roles import Reference, evaluating, forget_in_checkpoints, freeze, keep_adapters_only
-from lit_rlhf.models.sharding import gathered, is_sharded, reshard, shard, unsharded_trainables
+from lit_rlhf.models.sharding import gathered, is_sharded, most_over_ranks, reshard, shard, unsharded_trainables
 from lit_rlhf.models.sharing import can_share
 from lit_rlhf.models.switches import CRITIC, POLICY, adapters_off, has_adapters, role, weights_of
 from lit_rlhf.models.trunk import new_value_head, policy_and_values, shared_trunk_scores, trunk_scores, trunk_values
@@ -53,6 +53,7 @@ __all__ = [
     "load_causal",
     "load_scalar",
     "load_tokenizer",
+    "most_over_ranks",
     "new_value_head",
     "next_token_logprobs",
     "packed_next_token_logprobs",

@@ -45,8 +45,7 @@ def without_weights() -> Iterator[None]:
 class Deferred:
     """Where a network's weights are while it has none."""
 
-    files: dict[str, Path]  # by name of the weight in the files
-    aliases: dict[str, str]  # name in the network → name in the files
+    places: dict[str, tuple[Path, str]]  # by name in the network: the file, and the name in it
     new: dict[str, Tensor] = field(default_factory=dict)  # weights that no file has: adapters, a new head
 
 
@@ -71,15 +70,14 @@ def build_empty(auto_class: Any, name: str, config: Any, settings: dict[str, Any
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, no file has them
         model = auto_class.from_config(config, **kept)
     model.tie_weights()  # which every weight that became empty has left
-    files = _names(folder)
-    aliases = _aliases(model, files)
-    missing = {key for key, tensor in _stored(model).items() if tensor.is_meta and key not in aliases}
+    places = _places(model, _contents(folder))
+    missing = {key for key, tensor in _stored(model).items() if tensor.is_meta and key not in places}
     reason = _why_not(model, missing, settings["dtype"])
     if reason is not None:
         warnings.warn(f"{name} is loaded whole by every process before it is sharded: {reason}", stacklevel=4)
         return None
     _read_generation_config(model, folder)
-    model.deferred = Deferred(files, aliases)
+    model.deferred = Deferred(places)
     return model, missing
 
 
@@ -119,7 +117,7 @@ def fill(model: Any, device: torch.device) -> None:
         if key in buffers:
             buffer.copy_(buffers[key])
     for key, weight in _stored(model).items():
-        if key in buffers and key not in deferred.aliases:  # computed when the network was built
+        if key in buffers and key not in deferred.places:  # computed when the network was built
             continue
         own, first = own_rows(weight)
         if own.numel():
@@ -151,8 +149,8 @@ def _read(deferred: Deferred, name: str, first: int, like: Tensor) -> Tensor:
         return whole[first : first + len(like)] if whole.dim() else whole
     from safetensors import safe_open
 
-    key = deferred.aliases[name.replace(".base_layer.", ".")]
-    with safe_open(deferred.files[key], framework="pt") as file:
+    path, key = deferred.places[name.replace(".base_layer.", ".")]
+    with safe_open(path, framework="pt") as file:
         return file.get_slice(key)[first : first + len(like)] if like.dim() else file.get_tensor(key)
 
 
@@ -166,8 +164,8 @@ def _folder(name: str, revision: str | None) -> Path:
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
-def _names(folder: Path) -> dict[str, Path]:
-    """File of each weight in a folder; of several files those that transformers reads: one, or what the index names."""
+def _contents(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """File and shape of each weight in a folder; of several files those that transformers reads, or the index names."""
     from safetensors import safe_open
 
     alone, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -176,10 +174,10 @@ def _names(folder: Path) -> dict[str, Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
     if strange := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index} names {strange[0]!r} for weights, which is no file of its folder: refused")
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, list[int]]] = {}
     for path in (folder / name for name in names):
         with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+            found |= {key: (path, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
     return found
 
 
@@ -194,22 +192,16 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
-def _aliases(model: Any, files: dict[str, Path]) -> dict[str, str]:
-    """Name in the files of each weight: its own, or without the prefix of the base model, which older files lack."""
+def _places(model: Any, contents: dict[str, tuple[Path, list[int]]]) -> dict[str, tuple[Path, str]]:
+    """File of each weight and its name there: its own, or without the base model's prefix, which older files lack."""
     prefix, found = f"{model.base_model_prefix}.", {}
     for name, tensor in _stored(model).items():
         for key in (name, name.removeprefix(prefix)):
-            if key in files and _shape(files[key], key) == list(tensor.shape):
-                found[name] = key
+            path, shape = contents.get(key, (None, []))
+            if path is not None and shape == list(tensor.shape):
+                found[name] = path, key
                 break
     return found
-
-
-def _shape(path: Path, key: str) -> list[int]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return list(file.get_slice(key).get_shape())
 
 
 def _why_not(model: Any, missing: set[str], dtype: torch.dtype) -> str | None:

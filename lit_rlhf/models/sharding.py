@@ -95,6 +95,19 @@ def is_sharded(model: nn.Module) -> bool:
     return in_zero_3 or any(isinstance(one, (FSDPModule, FullyShardedDataParallel)) for one in model.modules())
 
 
+def most_over_ranks(counts: list[int], device: torch.device) -> list[int]:
+    """The largest of each count over the processes, which all must call.
+
+    Args:
+        counts: as many everywhere.
+        device: that the processes talk over.
+    """
+    found = torch.tensor(counts, device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    most: list[int] = found.tolist()
+    return most
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold a sharded model's weights whole, so that generation gathers them once instead of once a token.

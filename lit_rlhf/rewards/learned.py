@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.batch import Rollout
-from lit_rlhf.models import Network, can_share, evaluating, is_sharded, load_scalar, load_tokenizer, sequence_scores
+from lit_rlhf.models import (
+    Network,
+    can_share,
+    evaluating,
+    is_sharded,
+    load_scalar,
+    load_tokenizer,
+    most_over_ranks,
+    sequence_scores,
+)
 from lit_rlhf.models.heads import shared_scores
 from lit_rlhf.models.lengths import padded_tokens
 from lit_rlhf.models.prefix import Shared, number_rows, shared_beginnings
@@ -150,12 +159,8 @@ def _passes(network: Any, rollout: Rollout, batch_size: int) -> list[tuple[Tenso
         if sum(one.cost for one in shared) < whole:
             return list(zip(by_prompt, shared, strict=True))
     # Sharded weights are gathered once a pass, so all processes make as many: one with fewer rows repeats a pass.
-    more = 0
-    if is_sharded(network):
-        count = torch.tensor(len(plain), device=rollout.mask.device)
-        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-        more = int(count) - len(plain)
-    return [(rows, None) for rows in [*plain, *plain[-1:] * more]]
+    most = most_over_ranks([len(plain)], rollout.mask.device)[0] if is_sharded(network) else len(plain)
+    return [(rows, None) for rows in [*plain, *plain[-1:] * (most - len(plain))]]
 
 
 def _shared(part: Rollout, which: Tensor) -> Shared:

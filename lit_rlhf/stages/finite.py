@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_rlhf.stages.optim import Optim, clip_gradients, gradient_norms
+from lit_rlhf.stages.ranks import over_ranks
 
 if TYPE_CHECKING:
     from lit_rlhf.stages.inner_loop import InnerLoop
@@ -76,10 +77,7 @@ class Watch:
         if getattr(stage.trainer.precision_plugin, "scaler", None) is not None:
             return True
         seen = [value.detach().isfinite().all().to(stage.device) for value in (*norms.values(), *losses)]
-        fault = (~torch.stack(seen).all()).float()
-        if stage.trainer.world_size > 1:
-            fault = stage.trainer.strategy.reduce(fault, reduce_op="max")
-        if not fault.item():
+        if not over_ranks(stage.trainer, (~torch.stack(seen).all()).float(), "max").item():
             self._count(stage, 0)
             return True
         self._count(stage, self.in_a_row + 1)

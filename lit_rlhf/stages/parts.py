@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_rlhf.batch import Pairs
-from lit_rlhf.models import can_share, is_sharded, sequence_scores
+from lit_rlhf.models import can_share, is_sharded, most_over_ranks, sequence_scores
 from lit_rlhf.models.heads import shared_scores
 from lit_rlhf.models.lengths import cut_by_length, padded_tokens, pass_tokens
 from lit_rlhf.models.prefix import groups_of_rows, shared_beginnings
@@ -68,8 +68,6 @@ def read_ranked(model: Any, pairs: Pairs) -> Tensor:
 
 def _as_many_on_all_ranks(parts: list[Tensor], lengths: list[int], device: torch.device) -> list[Tensor]:
     """Cut once more: as many parts as any rank wants, or as the rank with the fewest rows can make."""
-    counts = torch.tensor([len(parts), -len(lengths)], device=device)
-    torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
-    most, fewest_rows = counts.tolist()
+    most, less_fewest_rows = most_over_ranks([len(parts), -len(lengths)], device)
     never_more = len(lengths) * max(lengths) + 1  # more than a part can save
-    return cut_by_length(lengths, overhead=never_more, at_least=min(most, -fewest_rows))
+    return cut_by_length(lengths, overhead=never_more, at_least=min(most, -less_fewest_rows))

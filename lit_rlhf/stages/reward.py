@@ -19,7 +19,7 @@ from lit_rlhf.stages.held_out import HeldOut
 from lit_rlhf.stages.memory import explained_backward, explains_memory
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_ranked
-from lit_rlhf.stages.ranks import sum_over_ranks
+from lit_rlhf.stages.ranks import over_ranks, sum_over_ranks
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.spread import spread
@@ -127,7 +127,7 @@ class RewardModeling(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into that of the mean over the prompts of all batches and ranks."""
         count = torch.tensor(self.step_prompts, device=self.device, dtype=torch.double)
-        divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
+        divide_gradients(optimizer, float(over_ranks(self.trainer, count, "mean")))
         self.step_prompts = 0.0
 
     backward, configure_gradient_clipping = explained_backward, clip_and_log

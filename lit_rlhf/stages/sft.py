@@ -34,7 +34,7 @@ from lit_rlhf.stages.measure import SHOWN, answer, log_rows
 from lit_rlhf.stages.memory import explained_backward, explains_memory
 from lit_rlhf.stages.optim import Optim, configure, divide_gradients
 from lit_rlhf.stages.parts import read_in_parts
-from lit_rlhf.stages.ranks import sum_over_ranks
+from lit_rlhf.stages.ranks import over_ranks, sum_over_ranks
 from lit_rlhf.stages.resume import greet
 from lit_rlhf.stages.seeds import seed_for
 from lit_rlhf.stages.spread import spread
@@ -145,7 +145,7 @@ class SFT(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the summed gradient into that of the token-weighted mean over batches and ranks."""
         count = torch.as_tensor(self.step_tokens, device=self.device, dtype=torch.double)
-        divide_gradients(optimizer, float(self.trainer.strategy.reduce(count, reduce_op="mean")))
+        divide_gradients(optimizer, float(over_ranks(self.trainer, count, "mean")))
         self.step_tokens = 0
 
     backward, configure_gradient_clipping = explained_backward, clip_and_log

@@ -27,9 +27,9 @@ def spread(stage: Any) -> None:
     """
     mesh, device, low = _places(stage._trainer) if stage._trainer is not None else (None, torch.device("cpu"), None)
     for network in networks(stage):
-        fill(shard(network, mesh, low_precision=low), device)
-    for other in stage.modules():  # a reward of the user's may hold a network, which stays whole
-        fill(other, device)
+        shard(network, mesh, low_precision=low)
+    for module in stage.modules():  # a reward of the user's may hold a network too, which stays whole
+        fill(module, device)
     if getattr(stage, "average", None) is not None:
         stage.average.follow(stage.policy)
     if mesh is not None and (outside := unsharded_trainables(stage)):
