@@ -12,6 +12,33 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def meeting_place() -> dict[str, str]:
+    """The environment of workers that are to meet, and to find the tests."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    return {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def run_launched(script: Path, *arguments: str, seconds: float = 300) -> None:
+    """Run ``script``, whose Trainer starts the second process; it must end well.
+
+    Args:
+        script: the worker.
+        arguments: of the script.
+        seconds: after which it is killed.
+    """
+    environment = {**meeting_place(), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    command = [sys.executable, str(script), *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
 def run_pair(script: Path, out: Path, *arguments: str, seconds: float = 300) -> None:
     """Run ``script`` as rank 0 and 1 with LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; both must end well.
 
@@ -21,12 +48,7 @@ def run_pair(script: Path, out: Path, *arguments: str, seconds: float = 300) -> 
         arguments: of the script.
         seconds: after which both are killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, str(script), *arguments]
+    environment, command = meeting_place(), [sys.executable, str(script), *arguments]
     with (out / "said_0").open("w") as zero, (out / "said_1").open("w") as one:
         ranks = [
             subprocess.Popen(command, env={**environment, "LOCAL_RANK": str(rank)}, stderr=said)

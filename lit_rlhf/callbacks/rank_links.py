@@ -23,7 +23,7 @@ POLL = 0.2  # seconds between looks into the store
 OWN = 0.5  # seconds in which a process may turn out to have failed as well, and has its own story to tell
 GRACE = 5.0  # seconds in which a process may end by itself, once another one has failed
 PATIENCE = 60.0  # seconds in which the others follow a rank that left by itself
-GREETING = 60.0  # seconds in which a connection is made, and a new one must say who it is; a busy machine is slow
+GREETING = 10.0  # seconds in which a connection is made, and a new one must say who it is
 
 
 class Links(threading.Thread):
@@ -104,8 +104,9 @@ class Links(threading.Thread):
     async def _serve(self) -> None:
         """Rank 0: let the others connect; until all have, look whether one has failed before."""
         self._token = secrets.token_hex(16)
-        self._server = await asyncio.start_server(self._greet, self.host if self.host == "127.0.0.1" else None, 0)
-        self.store.set("address", json.dumps([self._server.sockets[0].getsockname()[1], self._token]))
+        listener = listening(everywhere=self.host != "127.0.0.1")
+        self._server = await asyncio.start_server(self._greet, sock=listener)
+        self.store.set("address", json.dumps([listener.getsockname()[1], self._token]))
         while len(self._names) < self.world - 1:
             await self._look("failed")
             await asyncio.sleep(POLL)
@@ -214,6 +215,19 @@ class Links(threading.Thread):
 
     def _me(self) -> str:
         return f"rank {self.rank} of {self.world} ({socket.gethostname()}, process {os.getpid()})"
+
+
+def listening(everywhere: bool) -> socket.socket:
+    """A listening socket at a port of the system's choice.
+
+    Args:
+        everywhere: for other machines too, by IPv4 and IPv6 at the one port; asyncio would take one port for each.
+    """
+    if not everywhere:
+        return socket.create_server(("127.0.0.1", 0))
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def place(frames: traceback.StackSummary) -> str:

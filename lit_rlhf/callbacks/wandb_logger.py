@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+
+def _safe(name: str) -> Any:
+    """A method of Lightning's logger whose errors are warnings; it runs on the first process."""
+    method = getattr(WandbLogger, name)
+
+    @rank_zero_only
+    @functools.wraps(method)
+    def call(self: SafeWandbLogger, *args: Any, **kwargs: Any) -> None:
+        self._try(lambda: method(self, *args, **kwargs))
+
+    return call
 
 
 class SafeWandbLogger(WandbLogger):
@@ -115,32 +128,9 @@ class SafeWandbLogger(WandbLogger):
             f"has all metrics{rest}"
         )
 
-    # -- what a run asks of its loggers --------------------------------------------------------------------------------
-
-    @rank_zero_only
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but for errors."""
-        self._try(lambda: WandbLogger.log_metrics(self, *args, **kwargs))
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but for errors."""
-        self._try(lambda: WandbLogger.log_hyperparams(self, *args, **kwargs))
-
-    @rank_zero_only
-    def log_table(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but for errors."""
-        self._try(lambda: WandbLogger.log_table(self, *args, **kwargs))
-
-    @rank_zero_only
-    def after_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but for errors."""
-        self._try(lambda: WandbLogger.after_save_checkpoint(self, *args, **kwargs))
-
-    @rank_zero_only
-    def finalize(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but for errors."""
-        self._try(lambda: WandbLogger.finalize(self, *args, **kwargs))
+    log_metrics, log_hyperparams, log_table, after_save_checkpoint, finalize = map(
+        _safe, ("log_metrics", "log_hyperparams", "log_table", "after_save_checkpoint", "finalize")
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +10,7 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pair import run_launched
 
 from lit_rlhf.data import DataError, PromptData
 from lit_rlhf.data.loader import RankSampler
@@ -238,17 +235,7 @@ def test_a_place_beyond_the_last_full_batch_is_the_next_epoch():
 def test_two_processes_read_different_rows_and_resume(source, rows_file, tmp_path):
     """Gloo, two processes: disjoint rows, the same number of batches, exact resume, an error if rows are too few."""
     val = rows_file([{"prompt": "v", "i": i} for i in range(5)], "val.jsonl")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    here = Path(__file__).parent
-    rendezvous["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (here, here.parent, here.parent.parent))
-    command = [sys.executable, str(here / "two_ranks.py"), source, val, str(tmp_path)]
-    run = subprocess.run(
-        command, env={**os.environ, **rendezvous}, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_launched(Path(__file__).with_name("two_ranks.py"), source, val, str(tmp_path))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     alone = fit(PromptData(source, val_fraction=0, batch_size=6), max_epochs=2).seen
     steps = [sorted(a + b) for a, b in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)]

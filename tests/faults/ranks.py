@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from faults import runs
+from pair import free_port
 
 import lit_rlhf
 from lit_rlhf.data import PromptData
@@ -24,13 +24,6 @@ PLACES: dict[str, tuple[Any, str]] = {
     "the update": (torch.optim.AdamW, "step"),
     "validation": (lit_rlhf.GRPO, "validation_step"),
 }
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def strike(where: str, how: str, note: Path) -> None:

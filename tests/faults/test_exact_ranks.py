@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from faults import exact, exact_cases, exact_ranks
+from pair import run_launched
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 HERE = Path(__file__).parent
@@ -27,14 +24,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(model_folder, rows, tmp_path_factory) -> Path:
     """What all the processes left."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join(str(place) for place in (HERE.parent, HERE.parent.parent))
-    more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0", "PYTHONPATH": path}
-    command = [sys.executable, str(HERE / "exact_ranks.py"), model_folder, str(rows), str(folder), *exact_ranks.POINTS]
-    run = subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_launched(Path(exact_ranks.__file__), model_folder, str(rows), str(folder), *exact_ranks.POINTS)
     return folder
 
 

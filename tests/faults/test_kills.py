@@ -15,18 +15,6 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX si
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("faults")
-    runs.make_files(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server():
-    return runs.server()
-
-
-@pytest.fixture(scope="module")
 def whole(folder: Path, server):
     """What the undisturbed run of a stage ends with."""
     ends: dict[str, dict] = {}

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from faults import ranks, runs
+from pair import free_port
 
 from lit_rlhf.callbacks.checkpoint import refuse_another_start
 from lit_rlhf.checkpoints import CheckpointError, newest, read
@@ -23,13 +23,6 @@ from lit_rlhf.checkpoints import CheckpointError, newest, read
 ROOT = Path(__file__).parents[2]
 STEPS = 4
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="shell scripts")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("nodes")
-    runs.make_files(path)
-    return path
 
 
 def settings(folder: Path, root: str, batch_size: int) -> list[str]:
@@ -104,7 +97,7 @@ def same_as(alone: Path, root: Path) -> None:
 
 
 def test_torchrun_on_two_nodes_is_one_process_and_the_second_node_writes_nothing(folder, alone):
-    head = {"NODES": "2", "GPUS": "1", "HEAD": f"127.0.0.1:{ranks.free_port()}", "JOB": "test"}
+    head = {"NODES": "2", "GPUS": "1", "HEAD": f"127.0.0.1:{free_port()}", "JOB": "test"}
     env = environment(folder, "notes-torchrun", **head)
     script = ["bash", "examples/torchrun.sh"]
     nodes = [start(folder, f"{root}.log", [*script, *settings(folder, root, 1)], env) for root in ("first", "second")]

@@ -12,24 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from faults import ranks, runs, uneven
+from pair import free_port
 from torch.distributed import HashStore
 
 from lit_rlhf.callbacks import RankWatch, rank_links
 from lit_rlhf.callbacks.rank_links import Links
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranks")
-    runs.make_files(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server():
-    return runs.server()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +137,16 @@ def test_a_stranger_is_not_listened_to(pair):
     assert list(zero._writers) == [1]
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_other_machines_find_rank_0_by_either_protocol(address):
+    """A host's name may stand for an IPv4 or an IPv6 address: both lead to the one port that is told."""
+    if address == "::1" and not socket.has_dualstack_ipv6():
+        address = "127.0.0.1"
+    with rank_links.listening(everywhere=True) as listener:
+        port = listener.getsockname()[1]
+        socket.create_connection((address, port), 5).close()
+
+
 def test_silence_must_be_a_time():
     with pytest.raises(ValueError, match=r"ranks\.silence is -1"):
         RankWatch(silence=-1)
@@ -156,7 +155,7 @@ def test_silence_must_be_a_time():
 @pytest.fixture(scope="module")
 def on_two(folder: Path, server) -> list[dict]:
     """What each of two processes found, on rows that do not divide."""
-    port = ranks.free_port()
+    port = free_port()
     both = [server.Process(target=uneven.run_rank, args=(rank, port, str(folder))) for rank in (0, 1)]
     for process in both:
         process.start()

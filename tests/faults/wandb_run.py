@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +15,7 @@ import arena
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
+from pair import free_port
 
 STEPS = 6
 BUCKET = {
@@ -88,9 +88,7 @@ def main(fault: str, folder: str, model: str, seconds: float) -> None:
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     server = None
-    with socket.socket() as free:  # a port at which nobody listens
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     if fault in ("garbage", "server_gone"):
         Server.garbage = fault == "garbage"
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)

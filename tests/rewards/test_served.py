@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from pair import free_port
 from test_combine import PROMPTS, rollout
 from test_yaml import parse
 
@@ -224,9 +225,7 @@ def test_an_answer_that_no_retry_can_mend_is_an_error_at_once(server, status, bo
 
 
 def test_a_server_that_is_down():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(RewardError, match=f"127.0.0.1:{port}.*failed 2 times.*ConnectionError"):
         score(f"http://127.0.0.1:{port}/classify", retries=1)
 
